@@ -1,0 +1,113 @@
+"""Train and score the rows of the README's results table; what is finished is kept, what was stopped is resumed.
+
+For each data set: the frozen backbone, the untrained embedding, CBSwR with the cluster head's pseudo-labels (rim, the
+paper's way) and with k-means'. Every run's settings and metrics go to misc/results/, the table to misc/results/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"frozen": [], "untrained": ["--n_epoch", "0"], "rim": [], "kmeans": ["--pseudo_labels", "kmeans"]}
+TITLES = {
+    "frozen": "frozen backbone, pooled features",
+    "untrained": "embedding before training",
+    "rim": "CBSwR, pseudo-labels of the cluster head (paper)",
+    "kmeans": "CBSwR, pseudo-labels of k-means",
+}
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datasets", nargs="+", default=["cub200", "car196"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--backbone", default="googlenet")
+    parser.add_argument("--weights", default="auto")
+    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--n_epoch", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=1024)
+    parser.add_argument("--checkpoint_dir", default="new_checkpoint")
+    parser.add_argument("--out", type=Path, default=ROOT / "misc" / "results")
+    parser.add_argument("--note", default="", help="a sentence for the head of the table (what the data sets are)")
+    args = parser.parse_args()
+    for dataset in args.datasets:
+        for method in args.methods:
+            make_row(args, dataset, method)
+    write_table(args)
+
+
+def name_of_run(args: argparse.Namespace, dataset: str, method: str) -> str:
+    """The run's folder; another seed, backbone or length is another run."""
+    return f"{dataset}_{method}_{args.backbone}_{args.n_epoch}epochs_seed{args.seed}"
+
+
+def make_row(args: argparse.Namespace, dataset: str, method: str) -> None:
+    """Train (or only score) one row, unless its files are there, and copy them to `args.out`."""
+    name = name_of_run(args, dataset, method)
+    network = ["--backbone", args.backbone, "--weights", args.weights]
+    common = ["--dataset", dataset, "--precision", args.precision]
+    args.out.mkdir(parents=True, exist_ok=True)
+    if method == "frozen":
+        if not (args.out / f"{name}.json").exists():
+            call("test.py", *common, *network, "--json", str(args.out / f"{name}.json"))
+        return
+    run = Path(args.checkpoint_dir) / name
+    if (args.out / f"{name}.jsonl").exists():
+        return
+    if (run / "last.pth").exists():
+        call("train.py", "--resume", str(run))
+    else:
+        where = ["--checkpoint_dir", args.checkpoint_dir, "--model_name", name, "--seed", str(args.seed)]
+        call("train.py", *common, *network, *where, "--n_epoch", str(args.n_epoch), *METHODS[method])
+    shutil.copyfile(run / "config.json", args.out / f"{name}.config.json")
+    shutil.copyfile(run / "metrics.jsonl", args.out / f"{name}.jsonl")
+
+
+def call(script: str, *arguments: str) -> None:
+    """Run a script of the project; its failure ends this one."""
+    print("$ python", script, *arguments, flush=True)
+    subprocess.run([sys.executable, str(ROOT / script), *arguments], check=True)
+
+
+def write_table(args: argparse.Namespace) -> None:
+    """A Markdown table of the last and the best epoch of every row."""
+    lines = [
+        "Made by `python benchmarks/results.py`; a run's settings and metrics of every epoch lie beside this file.",
+        args.note,
+        "",
+        f"{args.backbone}, {args.n_epoch} epochs, seed {args.seed}, {args.precision}. R@K and NMI in percent.",
+        "",
+        "| data set | method | R@1 | R@2 | R@4 | R@8 | NMI | R@1 / NMI of the best epoch (chosen on test) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    protocols = set()
+    for dataset in args.datasets:
+        for method in args.methods:
+            rows = read_rows(args, dataset, method)
+            last, best = rows[-1], max(rows, key=lambda row: row["recall@1"])
+            protocols.add(last["nmi_protocol"])
+            scores = " | ".join(f"{100 * last[key]:.1f}" for key in ("recall@1", "recall@2", "recall@4", "recall@8", "nmi"))
+            chosen = f"{100 * best['recall@1']:.1f} / {100 * best['nmi']:.1f} (epoch {best['epoch']})"
+            lines.append(f"| {dataset} | {TITLES[method]} | {scores} | {chosen if len(rows) > 1 else ''} |")
+    lines += ["", "NMI by " + "; ".join(sorted(protocols)) + ".", ""]
+    (args.out / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def read_rows(args: argparse.Namespace, dataset: str, method: str) -> list[dict]:
+    """The scored epochs of a row."""
+    stem = args.out / name_of_run(args, dataset, method)
+    if method == "frozen":
+        return [json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))]
+    lines = Path(f"{stem}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "recall@1" in row]
+
+
+if __name__ == "__main__":
+    main()

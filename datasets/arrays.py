@@ -1,0 +1,87 @@
+"""The pre-processed `.npy` files of a data set, memory-mapped and checked."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """One half of a data set: images uint8 RGB (N, S, S, 3), memory-mapped; labels int64 (N,); the image file."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    path: Path
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_size(self) -> int:
+        """Side S of the stored images, in pixels."""
+        return self.images.shape[1]
+
+
+def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size: int | None = None) -> Split:
+    """Open `training` or `validation` (the test half) of a pre-processed data set.
+
+    data_dir: the folder that holds `<dataset>/`, or that folder itself. image_size: which size to take when
+    pre-processing made several; None takes the only one (256 if it is among several).
+    Raises UserError naming the file when it is missing or not what pre-processing writes.
+    """
+    folder = Path(data_dir) / dataset
+    if not folder.is_dir() and Path(data_dir).name == dataset:
+        folder = Path(data_dir)
+    size = image_size or _only_size(folder, dataset, split)
+    stem = f"{split}_{dataset}_{size}resized"
+    images = _open_array(folder / f"{stem}_img.npy", dataset, "r")
+    labels = _open_array(folder / f"{stem}_label.npy", dataset, None)
+    path = folder / f"{stem}_img.npy"
+    if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2] or images.dtype != np.uint8:
+        raise UserError(
+            f"{path}: expected uint8 images (N, S, S, 3), found {images.dtype} {images.shape}; pre-process again"
+        )
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{folder / f'{stem}_label.npy'}: expected integer labels (N,), found {labels.dtype} {labels.shape}"
+        )
+    if len(labels) != len(images):
+        raise UserError(f"{path}: {len(images)} images but {len(labels)} labels; pre-process again")
+    if len(images) < 2:
+        raise UserError(f"{path}: holds {len(images)} images; at least 2 are needed")
+    return Split(images, labels.astype(np.int64), path)
+
+
+def _only_size(folder: Path, dataset: str, split: str) -> int:
+    pattern = re.compile(rf"{split}_{re.escape(dataset)}_(\d+)resized_img\.npy")
+    names = os.listdir(folder) if folder.is_dir() else []
+    sizes = sorted(int(m.group(1)) for name in names if (m := pattern.fullmatch(name)))
+    if not sizes:
+        raise UserError(
+            f"{folder / f'{split}_{dataset}_256resized_img.npy'}: no such file; make it with "
+            f"python pre_process/pre_process_{dataset}.py (see the README, Preprocessing)"
+        )
+    if len(sizes) > 1 and 256 not in sizes:
+        raise UserError(f"{folder}: {dataset} is there in sizes {sizes}; choose one with --image_size")
+    return sizes[0] if len(sizes) == 1 else 256
+
+
+def _open_array(path: Path, dataset: str, mmap_mode: str | None) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; make it with python pre_process/pre_process_{dataset}.py (see the README)"
+        ) from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy array ({error}); pre-process again") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: not a .npy array; pre-process again")
+    return array

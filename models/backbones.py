@@ -1,0 +1,112 @@
+"""Every backbone: image batch -> feature map, with the input normalisation that its weights were trained with."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.googlenet import caffe_googlenet
+
+
+@dataclass(frozen=True)
+class InputNormalization:
+    """How pixels (RGB, 0-255) become network input: reordered, minus `mean`, divided by `std` (both in 0-255 units).
+
+    `mean` and `std` are in the network's own channel order.
+    """
+
+    order: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Turn uint8 RGB images (B, H, W, 3) into float32 input (B, 3, H, W), channels last in memory."""
+        x = images.permute(0, 3, 1, 2)
+        if self.order == "BGR":
+            x = x.flip(1)
+        x = x.to(torch.float32, memory_format=torch.channels_last)
+        return x.sub_(self._per_channel(self.mean, x)).div_(self._per_channel(self.std, x))
+
+    def mean_subtracted(self, inputs: Tensor) -> Tensor:
+        """Undo the division: network input (B, 3, H, W) -> pixels minus the mean, 0-255 units."""
+        return inputs if set(self.std) == {1.0} else inputs * self._per_channel(self.std, inputs)
+
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """Undo all but the channel order: network input (B, 3, H, W) -> pixels, 0-255."""
+        return self.mean_subtracted(inputs) + self._per_channel(self.mean, inputs)
+
+    @staticmethod
+    def _per_channel(values: tuple[float, float, float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, 3, 1, 1)
+
+
+CAFFE = InputNormalization("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
+IMAGENET = InputNormalization("RGB", (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255))
+# torchvision trained its GoogLeNet on images in [-1, 1]
+PLUS_MINUS_ONE = InputNormalization("RGB", (127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
+
+
+def _torchvision_resnet(name: str) -> nn.Module:
+    import torchvision
+
+    network = getattr(torchvision.models, name)(weights=None)
+    kept = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    return nn.Sequential(OrderedDict((part, getattr(network, part)) for part in kept))
+
+
+def _torchvision_googlenet() -> nn.Module:
+    import torchvision
+
+    network = torchvision.models.googlenet(weights=None, aux_logits=False, transform_input=False, init_weights=False)
+    dropped = ("avgpool", "dropout", "fc", "aux1", "aux2")
+    return nn.Sequential(OrderedDict((part, m) for part, m in network.named_children() if part not in dropped))
+
+
+def _small_resnet() -> nn.Module:
+    """A ResNet-10 with a 3x3 stem and a total stride of 8, for images of 32 to 96 pixels."""
+    from torchvision.models.resnet import BasicBlock
+
+    def stage(inputs: int, outputs: int, stride: int) -> nn.Module:
+        shortcut = None
+        if stride != 1 or inputs != outputs:
+            shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut))
+
+    widths = (32, 64, 128, 256)
+    stem = [
+        ("conv1", nn.Conv2d(3, widths[0], 3, 2, padding=1, bias=False)),
+        ("bn1", nn.BatchNorm2d(widths[0])),
+        ("relu", nn.ReLU(inplace=True)),
+    ]
+    stages = [(f"layer{i}", stage(widths[i - 1], widths[i], 1 if i == 1 else 2)) for i in (1, 2, 3)]
+    backbone = nn.Sequential(OrderedDict(stem + stages))
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return backbone
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone: how to make it, the width of its map, the input it expects, where its usual weights are."""
+
+    make: Callable[[], nn.Module]
+    channels: int
+    normalization: InputNormalization
+    torchvision_weights: str | None = None
+
+
+BACKBONES = {
+    "googlenet": BackboneSpec(caffe_googlenet, 1024, CAFFE),
+    "googlenet_caffe": BackboneSpec(lambda: caffe_googlenet(lrn="caffe"), 1024, CAFFE),
+    "googlenet_bn": BackboneSpec(_torchvision_googlenet, 1024, PLUS_MINUS_ONE, "GoogLeNet_Weights"),
+    "resnet18": BackboneSpec(lambda: _torchvision_resnet("resnet18"), 512, IMAGENET, "ResNet18_Weights"),
+    "resnet34": BackboneSpec(lambda: _torchvision_resnet("resnet34"), 512, IMAGENET, "ResNet34_Weights"),
+    "resnet50": BackboneSpec(lambda: _torchvision_resnet("resnet50"), 2048, IMAGENET, "ResNet50_Weights"),
+    "resnet101": BackboneSpec(lambda: _torchvision_resnet("resnet101"), 2048, IMAGENET, "ResNet101_Weights"),
+    "resnet_small": BackboneSpec(_small_resnet, 256, IMAGENET),
+}

@@ -1,0 +1,67 @@
+"""From a checkpoint file to a network: the project's own files and the authors' released ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.backbones import BACKBONES
+from models.cbswr import CBSwR
+from models.weights import read_torch_file
+from utils.errors import UserError
+
+
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[CBSwR, dict]:
+    """Rebuild the network of a checkpoint: (model in evaluation mode on `device`, info).
+
+    Backbone, K and embedding size are read from the file: {"model": state_dict, "epoch": int, ...} with the published
+    names; a bare state_dict is taken too. info: `path`, `epoch` (None if unknown), `backbone`, `n_cluster`, `low_dim`,
+    and `config` (the options of the run; {} for the authors' files).
+    Raises UserError naming the file when it is no such checkpoint.
+    """
+    content = read_torch_file(path, "cpu")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint: expected a dictionary, found {type(content).__name__}")
+    state = content.get("model", content)
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: not a checkpoint: it holds no state_dict under 'model'")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    config = content.get("config") if isinstance(content.get("config"), dict) else {}
+    epoch = content.get("epoch")
+    n_cluster, low_dim, backbone = _describe(state, config.get("backbone"), path)
+    model = CBSwR(backbone, n_cluster, low_dim)
+    model.load_state_dict(state)
+    info = {
+        "path": str(Path(path)),
+        "epoch": epoch if isinstance(epoch, int) else None,
+        "backbone": backbone,
+        "n_cluster": n_cluster,
+        "low_dim": low_dim,
+        "config": config,
+    }
+    return model.to(device).eval(), info
+
+
+def _describe(state: dict[str, Tensor], named: object, path: str | os.PathLike) -> tuple[int, int, str]:
+    """K, embedding size and backbone of a state_dict: the backbone `named` by the file if it fits, else by shapes."""
+    cluster_head, embedding_head = state.get("clustering.2.weight"), state.get("feat_ext.0.weight")
+    if cluster_head is None or embedding_head is None or cluster_head.dim() != 2 or embedding_head.dim() != 2:
+        raise UserError(f"{path}: not a CBSwR checkpoint: no weights feat_ext.0 and clustering.2 in it")
+    n_cluster, low_dim = cluster_head.shape[0], embedding_head.shape[0]
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    nearest, nearest_faults = "", None
+    for backbone in sorted(BACKBONES, key=lambda name: name != named):
+        with torch.device("meta"):
+            expected = {n: tuple(v.shape) for n, v in CBSwR(backbone, n_cluster, low_dim).state_dict().items()}
+        if expected == shapes:
+            return n_cluster, low_dim, backbone
+        faults = [n for n in (*expected, *shapes) if expected.get(n) != shapes.get(n)]
+        if nearest_faults is None or len(faults) < len(nearest_faults):
+            nearest, nearest_faults = backbone, faults
+    raise UserError(
+        f"{path}: fits no known backbone; the nearest is {nearest}, with {len(nearest_faults)} names missing, "
+        f"unknown or of another shape, the first is {nearest_faults[0]}"
+    )

@@ -1,0 +1,71 @@
+"""The decoder: a centroid feature map -> the image that it stands for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WIDTHS = (128, 64, 32, 16, 16)
+
+
+class WeightedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose row i may stand for `counts[i]` equal rows.
+
+    In training the statistics are those of the batch in which every row is repeated `counts[i]` times, so that
+    decoding each distinct row once gives the numbers of decoding all of them. Names and buffers are BatchNorm2d's.
+    """
+
+    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Normalise x (U, C, H, W); `counts` (U,) positive, None for all ones."""
+        if counts is None or not self.training:
+            return super().forward(x)
+        wide = x if x.dtype == torch.float64 else x.float()
+        pixels = x.shape[2] * x.shape[3]
+        counts = counts.to(wide.dtype)
+        total = counts.sum() * pixels
+        weight = counts / total  # (U,), sums to 1 / (H W)
+        mean = torch.einsum("u,uc->c", weight, wide.sum((2, 3)))
+        centred = wide - mean[:, None, None]
+        var = torch.einsum("u,uc->c", weight, centred.square().sum((2, 3)))
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            unbiased = var * (total / (total - 1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        scale = torch.rsqrt(var + self.eps) * self.weight
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+class Decoder(nn.Module):
+    """Feature maps (U, C, h, w) -> images (U, 3, H, W) in (0, 1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True):
+            # the ReLU and the upsampling hold no weights; they keep their places in the published numbering
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+                WeightedBatchNorm2d(outputs),
+                nn.ReLU(inplace=True),
+                nn.Identity(),
+            ]
+        layers.append(nn.Conv2d(WIDTHS[-1], 3, 3, padding=1, bias=False))
+        self.decoder = nn.Sequential(*layers)
+
+    def forward(
+        self, feature_maps: Tensor, size: tuple[int, int] | None = None, counts: Tensor | None = None
+    ) -> Tensor:
+        """Decode; `size` (H, W) of the images, 32 times the map's by default.
+
+        `counts` (U,) says how many equal rows each row stands for (see `WeightedBatchNorm2d`).
+        """
+        height, width = size or (32 * feature_maps.shape[2], 32 * feature_maps.shape[3])
+        x = feature_maps
+        for block in range(len(WIDTHS)):
+            conv, norm, relu, _ = self.decoder[4 * block : 4 * block + 4]
+            halvings = len(WIDTHS) - 1 - block
+            x = relu(norm(conv(x), counts))
+            x = F.interpolate(x, (-(-height >> halvings), -(-width >> halvings)), mode="nearest")
+        return torch.sigmoid(self.decoder[-1](x))

@@ -1,0 +1,172 @@
+"""Reading pretrained backbone weights: torch files, HDF5 (plain or written by hickle), torchvision's downloads.
+
+Nothing in these files is ever executed: torch files load with `weights_only`, of HDF5 only numeric arrays are read.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.backbones import BackboneSpec
+from models.googlenet import from_caffe_name
+from utils.errors import UserError
+
+GOOGLENET_FILE = Path(__file__).resolve().parent / "googlenet.h5"
+GOOGLENET_SOURCE = "github.com/vadimkantorov/metriclearningbench (release `data`, file googlenet.h5)"
+_QUOTED = re.compile(r"""(['"])(.+)\1""")
+_CLASSIFIER = re.compile(r"(fc|aux1|aux2|loss\d)\b")  # of a network trained to classify; no backbone has them
+_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+def read_torch_file(path: str | os.PathLike, device: str | torch.device = "cpu") -> object:
+    """Load a file written by `torch.save` without executing anything in it.
+
+    Raises UserError naming the file: missing, truncated, not a torch file, or holding more than plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a file written by torch.save")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = (
+            "it holds Python objects beyond tensors and plain values, which could run code"
+            if ("weights_only" in str(error).lower() or "Unsupported" in str(error))
+            else "it is not a file written by torch.save, or it is damaged"
+        )
+        raise UserError(f"{path}: refused: {reason}; save a plain state_dict and try again") from None
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        zipfile.BadZipFile,
+    ) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(
+            f"{path}: not a readable torch file ({first_line}); it may be truncated: fetch it again"
+        ) from None
+
+
+def read_hdf5_arrays(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Every floating-point array of an HDF5 file by name, for files of hickle 3, hickle 4/5 and plain HDF5.
+
+    hickle keeps `a.b` at `/data_0/'a.b'/data_0` or `/data/"a.b"`; in a plain file the path `/a/b` or `/a.b` names it.
+    Pickled parts (hickle stores Python objects as bytes) are never looked at. Raises UserError for anything else.
+    """
+    import h5py  # only users of .h5 files wait for it
+
+    path = Path(path)
+    arrays: dict[str, Tensor] = {}
+
+    def visit(where: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset) and item.shape is not None and item.dtype.kind == "f" and not item.external:
+            arrays[_hdf5_name(where)] = torch.from_numpy(item[()].astype("float32", copy=False).reshape(item.shape))
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a readable HDF5 file ({error}); fetch it again") from None
+    if not arrays:
+        raise UserError(f"{path}: holds no floating-point arrays; expected the weights of a backbone")
+    return arrays
+
+
+def _hdf5_name(where: str) -> str:
+    quoted = [m.group(2) for part in where.split("/") if (m := _QUOTED.fullmatch(part))]
+    return quoted[-1] if quoted else where.replace("/", ".")
+
+
+def _download(spec: BackboneSpec, backbone: str) -> dict[str, Tensor]:
+    import torchvision
+
+    weights = getattr(torchvision.models, spec.torchvision_weights).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except Exception as error:  # urllib, ssl, socket and hash faults share no base class; all of them end here
+        raise UserError(
+            f"{weights.url}: cannot download the ImageNet weights of {backbone} ({error}); fetch that file by hand and "
+            f"give --weights FILE, or choose --weights none (random start)"
+        ) from None
+
+
+def _backbone_names(arrays: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring every naming in use to the backbone's own: Caffe's, torchvision's, with or without known prefixes."""
+    named = {}
+    for name, value in arrays.items():
+        name = name.removeprefix("module.").removeprefix("base_model.")
+        if not _CLASSIFIER.match(name):
+            translated = from_caffe_name(name)
+            named[translated if translated in own else name] = value
+    return named
+
+
+def load_backbone_weights(backbone: nn.Module, name: str, spec: BackboneSpec, weights: str | os.PathLike) -> str:
+    """Fill `backbone` in place; returns a line that says from where.
+
+    `weights`: "auto" (models/googlenet.h5 for googlenet, torchvision's ImageNet weights for the others) or a path.
+    Raises UserError for a missing or unreadable file, a failed download, or weights of another network.
+    """
+    if weights == "auto" and name in {"googlenet", "googlenet_caffe"}:
+        weights = GOOGLENET_FILE
+        if not weights.is_file():
+            raise UserError(
+                f"{weights}: no such file; the paper's backbone starts from these ImageNet weights: take them from "
+                f"{GOOGLENET_SOURCE} and put them there, or give --weights FILE, choose another --backbone "
+                f"(resnet18, googlenet_bn, ... fetch their own), or --weights none for a random start"
+            )
+    if weights == "auto" and spec.torchvision_weights is None:
+        raise UserError(f"--weights auto: no pretrained weights exist for {name}; use --weights none")
+    if weights == "auto":
+        source, arrays = f"torchvision {spec.torchvision_weights}.IMAGENET1K_V1", _download(spec, name)
+    else:
+        source, arrays = str(weights), _read_weights_file(Path(weights))
+    _fill(backbone, arrays, name, source)
+    return source
+
+
+def _read_weights_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"--weights {path}: no such file; give a torch or HDF5 file, or auto or none")
+    with open(path, "rb") as file:
+        is_hdf5 = file.read(8) == _HDF5_SIGNATURE
+    if is_hdf5 or path.suffix in {".h5", ".hdf5"}:
+        return read_hdf5_arrays(path)
+    content = read_torch_file(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    arrays = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not arrays:
+        raise UserError(f"{path}: holds no named tensors; expected a state_dict of a backbone")
+    return arrays
+
+
+def _fill(backbone: nn.Module, arrays: dict[str, Tensor], name: str, source: str) -> None:
+    own = backbone.state_dict()
+    arrays = _backbone_names(arrays, own)
+    missing = [key for key in own if key not in arrays and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(
+            f"{source}: not the weights of {name}: {len(missing)} of {len(own)} arrays are missing, the first is "
+            f"{missing[0]}; choose the --backbone they belong to"
+        )
+    for key, value in own.items():
+        if key in arrays and arrays[key].shape != value.shape:
+            raise UserError(
+                f"{source}: not the weights of {name}: {key} has shape {tuple(arrays[key].shape)}, "
+                f"expected {tuple(value.shape)}; choose the --backbone they belong to"
+            )
+    # halves widen to the network's dtype on copying
+    backbone.load_state_dict({key: arrays[key] for key in own if key in arrays}, strict=False)

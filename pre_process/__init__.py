@@ -1,0 +1,1 @@
+"""Raw downloads -> the .npy files that the data sets are read from; one script a data set."""

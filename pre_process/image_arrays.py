@@ -1,0 +1,428 @@
+"""What every pre-processing script shares: lists of images -> two splits -> rows of the final .npy files.
+
+The order of this file is the order of a run: options, raw files, splits, one image, all images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from utils.errors import UserError, run_script
+from utils.files import written_whole
+
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # none of these starts another program
+ROWS_PER_TASK = 16  # small: the last worker is never busy for long, and Ctrl-C waits for one task at most
+SMALLEST_IMAGE_SIZE = 8
+
+MakeRow = Callable[[Any, int], np.ndarray]
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are a `UserError`: one line, without the usage before it."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def option_parser(dataset: str, description: str, image_size: int = 256) -> argparse.ArgumentParser:
+    """The options that all scripts have; a script adds its own. `image_size` is the default side in pixels."""
+    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help=f"the folder that holds {dataset}/, or that folder itself"
+    )
+    files.add_argument(
+        "--out_dir",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help=f"where the four .npy files go; created where it is missing (default: the {dataset} folder of --data_dir)",
+    )
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--image_size",
+        type=partial(whole_number, smallest=SMALLEST_IMAGE_SIZE),
+        default=image_size,
+        metavar="PIXELS",
+        help="side of the square images that are written; it is part of the files' names",
+    )
+    work.add_argument(
+        "--workers",
+        type=partial(whole_number, smallest=1),
+        default=usable_cores(),
+        metavar="N",
+        help="processes that make images at the same time; the files are the same for every number",
+    )
+    return parser
+
+
+def whole_number(text: str, smallest: int) -> int:
+    """The whole number that an option's `text` writes; `argparse` reports one below `smallest` or none at all."""
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit()) or int(text) < smallest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {smallest} or more")
+    return int(text)
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's `main`: a user's mistake exits 2 with one line, Ctrl-C 130 and SIGTERM 143, all tidied up."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job ignores Ctrl-C: leave it so
+            signal.signal(number, stop)
+    run_script(main)
+
+
+# -------------------------------------------------------------------------------------------------- raw files
+
+
+def find_raw_folder(data_dir: Path, dataset: str, marker: str, below: Sequence[str], advice: str) -> tuple[Path, Path]:
+    """Find the raw files of `dataset`: the folder that holds the file `marker`.
+
+    Args:
+        data_dir: the folder that holds `<dataset>/`, or the data set's folder itself.
+        below: names of folders that the archive may have unpacked to, looked into one level down.
+        advice: where to get the raw files and how they lie, for the message when they are missing.
+
+    Returns the data set's folder, where the results go by default, and the folder with the raw files.
+    Raises `UserError` when no folder holds the file.
+    """
+    for home in (data_dir / dataset, data_dir):
+        for folder in (home, *(home / name for name in below)):
+            if (folder / marker).is_file():
+                return home, folder
+    raise UserError(f"{data_dir / dataset / marker}: not found; {advice}")
+
+
+def image_path(folder: Path, name: str, where: str) -> Path:
+    """The path of a listed image, `name` under `folder`; `UserError` beginning with `where` if it leaves the folder."""
+    listed = PureWindowsPath(name)  # knows both kinds of slash and drive letters, on every system
+    if not listed.parts or not name.isprintable():
+        raise UserError(f"{where}: {name!r} is no path of an image; restore the list from the original archive")
+    if listed.drive or listed.root or ".." in listed.parts:
+        raise UserError(f"{where}: the path {name!r} leaves the data folder; list paths below {folder} alone")
+    return folder / name
+
+
+def checked_class(label: int, n_classes: int, where: str) -> int:
+    """`label` itself if it is one of the classes 1..`n_classes`; else `UserError` beginning with `where`."""
+    if not 1 <= label <= n_classes:
+        raise UserError(
+            f"{where}: class {label} is not one of 1-{n_classes}; restore the list from the original archive"
+        )
+    return label
+
+
+def check_images_exist(paths: Sequence[Path]) -> None:
+    """Raise `UserError` for the first of `paths` that is no file, before any work is done."""
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{missing[0]}: listed, but no such file{others}; unpack the archive's images again")
+
+
+# ----------------------------------------------------------------------------------------------------- splits
+
+
+class Split(NamedTuple):
+    """One half of a data set: `sources[i]` is made into row i, which belongs to class `labels[i]` (1-based)."""
+
+    name: str  # "training" or "validation"
+    sources: Sequence[Any]
+    labels: Sequence[int]
+
+
+def halves_by_class(sources: Sequence[Any], labels: Sequence[int], n_classes: int, listed_in: Path) -> list[Split]:
+    """The zero-shot split: the first half of the classes trains, the second is never seen. Order is kept.
+
+    Raises `UserError` naming `listed_in` when a half has no image.
+    """
+    half = n_classes // 2
+    splits = []
+    for name, first, last in (("training", 1, half), ("validation", half + 1, n_classes)):
+        rows = [row for row, label in enumerate(labels) if first <= label <= last]
+        if not rows:
+            raise UserError(
+                f"{listed_in}: no image of the {name} classes {first}-{last}; list some classes of both halves"
+            )
+        splits.append(Split(name, [sources[row] for row in rows], [labels[row] for row in rows]))
+    return splits
+
+
+# -------------------------------------------------------------------------------------------------- one image
+
+
+def read_image(path: Path, image_size: int) -> np.ndarray:
+    """Read an image, squash all of it to a square with Lanczos.
+
+    The first frame as it is stored: neither turned by its EXIF data nor cropped nor composed on a background.
+
+    Returns: uint8 RGB, shape (image_size, image_size, 3). Raises `UserError` for what cannot be read whole, and for
+    more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                square = as_rgb(image).resize((image_size, image_size), Image.Resampling.LANCZOS)
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path}: is not an image; unpack it again from the archive") from None
+    except Exception as error:  # Pillow's decoders raise almost anything for damaged files
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({what}); unpack it again from the archive") from None
+    return np.asarray(square)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """`image` of any mode in RGB: grey to three equal channels, a palette to its colours, alpha dropped."""
+    if image.mode.startswith("I"):  # 16-bit grey; the high byte, as Pillow itself takes for 16-bit colour
+        grey = np.asarray(image).clip(0, 65535) >> 8
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.mode == "P":
+        image = image.convert("RGBA")  # the colours of transparent entries are kept only this way round
+    return image.convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------------- all images
+
+
+class Task(NamedTuple):
+    """Some neighbouring rows for one worker: where they go and what they are made from."""
+
+    file: Path  # the final file, for messages
+    beside: Path  # the file that is written now
+    offset: int  # of the first row, in bytes
+    make_row: MakeRow
+    sources: Sequence[Any]
+    image_size: int
+
+
+def write_splits(
+    dataset: str, splits: Sequence[Split], out_dir: Path, *, image_size: int, make_row: MakeRow, workers: int
+) -> None:
+    """Write `<split>_<dataset>_<size>resized_img.npy` and `..._label.npy` of every split, and print a line for each.
+
+    Images are uint8 (N, image_size, image_size, 3), labels int64 (N,). All files appear together once all are complete
+    and on the disk; until then older ones stay, and a failure or a signal leaves nothing of this run behind. Pixels go
+    straight from the process that makes them to their place in the file: no process ever holds more than one row.
+
+    Args:
+        make_row: `(source, image_size) -> uint8 (image_size, image_size, 3)`; a module's function (it is sent by name).
+        workers: processes; the result does not depend on it. With 1 everything happens in this process.
+
+    Raises `UserError`: an unwritable folder, a full disk, a worker that died, and what `make_row` raises.
+    """
+    make_folder(out_dir)
+    check_space(out_dir, sum(len(split.labels) for split in splits) * (image_size**2 * 3 + 8))
+    warn_of_leftovers(out_dir, dataset)
+    lines = []
+    with ExitStack() as files:
+        with worker_pool(workers, out_dir) as map_in_order:
+            for split in splits:
+                started = time.perf_counter()
+                stem = f"{split.name}_{dataset}_{image_size}resized"
+                labels, images = out_dir / f"{stem}_label.npy", out_dir / f"{stem}_img.npy"
+                write_labels(labels, files.enter_context(written_whole(labels)), split.labels)
+                write_images(
+                    images, files.enter_context(written_whole(images)), split, image_size, make_row, map_in_order
+                )
+                lines.append(summary(images, split, image_size, time.perf_counter() - started))
+        with signals_deferred():  # all files are complete and flushed: rename every one or none
+            files.close()
+    print("\n".join(lines))
+
+
+def summary(images: Path, split: Split, image_size: int, seconds: float) -> str:
+    """The line that is printed for a finished split."""
+    n = len(split.labels)
+    shape = (n, image_size, image_size, 3)
+    return f"{images}: {shape}, {len(set(split.labels))} classes, {seconds:.1f} s, {n / seconds:.0f} images/s"
+
+
+def write_labels(file: Path, beside: Path, labels: Sequence[int]) -> None:
+    """Save `labels` as int64 (N,) at `beside`, flushed; `file` is the name for messages."""
+    with writing(file), open(beside, "wb") as out:
+        np.save(out, np.asarray(labels, dtype=np.int64))
+        flush(out)
+
+
+def write_images(
+    file: Path, beside: Path, split: Split, image_size: int, make_row: MakeRow, map_in_order: Callable
+) -> None:
+    """Fill `beside` with the uint8 (N, image_size, image_size, 3) array of a split, flushed, with a progress bar."""
+    n = len(split.sources)
+    with writing(file), open(beside, "wb") as out:
+        shape = (n, image_size, image_size, 3)
+        np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        start = out.tell()
+    tasks = (
+        Task(
+            file,
+            beside,
+            start + first * image_size**2 * 3,
+            make_row,
+            split.sources[first : first + ROWS_PER_TASK],
+            image_size,
+        )
+        for first in range(0, n, ROWS_PER_TASK)
+    )
+    # disable=None: no bar where stderr is not a terminal
+    with tqdm(total=n, desc=split.name, unit=" images", leave=False, disable=None) as bar:
+        for rows in map_in_order(write_rows, tasks):
+            bar.update(rows)
+    with writing(file), open(beside, "rb+") as out:
+        flush(out)
+
+
+def write_rows(task: Task) -> int:
+    """Make the rows of a task and write each at its place; the number of rows. Plain writes: a full disk is an error
+    here, where a memory map would end the process, and memory does not grow with the file.
+    """
+    with writing(task.file), open(task.beside, "rb+") as out:
+        out.seek(task.offset)
+        for source in task.sources:
+            row = task.make_row(source, task.image_size)
+            if row.shape != (task.image_size, task.image_size, 3) or row.dtype != np.uint8:
+                raise ValueError(f"a row of shape {row.shape} and type {row.dtype} was made from {source!r}")
+            out.write(row.tobytes())
+    return len(task.sources)
+
+
+@contextmanager
+def worker_pool(workers: int, out_dir: Path) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
+    """Give `map(function, tasks)` that runs in `workers` processes; results come in the order of the tasks."""
+    if workers == 1:
+        yield map
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
+    try:
+        yield partial(map_in_processes, pool, 4 * workers)
+    except BrokenProcessPool:
+        raise UserError(
+            f"{out_dir}: a worker process died, perhaps killed for want of memory; try again with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def map_in_processes(pool: ProcessPoolExecutor, ahead: int, function: Callable, tasks: Iterable) -> Iterator:
+    """`map` in a pool, with `ahead` tasks handed out at most, so that an early error stops the rest early."""
+    pending: deque = deque()
+    for task in tasks:
+        with signals_deferred():  # this may start a process: half a start would leave an orphan
+            pending.append(pool.submit(function, task))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when the parent is gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block is done; a process started in it never sees Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    wait = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(signal, "pthread_sigmask"):  # inherited by what is started here, unlike the handlers
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for number, handler in wait.items():
+            signal.signal(number, handler)
+        for number in caught[:1]:
+            signal.raise_signal(number)
+
+
+# ----------------------------------------------------------------------------------------------------- the disk
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and those above it; `UserError` where that cannot be or nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --out_dir") from None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise `UserError` where the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {needed / 1e6:,.1f} MB are to be written and {free / 1e6:,.1f} MB are free; "
+            "make room or choose another --out_dir"
+        )
+
+
+def warn_of_leftovers(folder: Path, dataset: str) -> None:
+    """Say which hidden files a run left that was killed outright: they are large and nobody sees them."""
+    for path in sorted(folder.glob(f".*_{dataset}_*.npy.*.part")):
+        print(f"note: {path} is of another run; delete it unless that run still goes on", file=sys.stderr)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turn a fault of the disk in the block into a `UserError` that names the final `file`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be written ({error.strerror}); make room there or choose another --out_dir"
+        ) from None
+
+
+def flush(out: Any) -> None:
+    """Bring an open file to the disk, where late faults (a full remote disk) show."""
+    out.flush()
+    os.fsync(out.fileno())

@@ -1,0 +1,221 @@
+"""glyphs -> data/glyphs/*.npy: 100 drawn characters to train on, 100 others to test on; nothing to download.
+
+    python pre_process/pre_process_glyphs.py
+
+A small data set in the form of the large ones, to try the whole way from images to scores in minutes. Each image shows
+one character in one of the fonts that come with matplotlib, turned, sheared, scaled and shifted at random, in random
+colours on a plain, graded or cloudy background, blurred and with noise. A class is a character; its fonts, colours and
+places differ, so that only its shape tells it from others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, when this is run as a script
+
+from pre_process import image_arrays
+from utils.errors import UserError
+
+# Every script and subject lies in both halves. Left out: letters that scripts share (A, Alpha), that differ in size
+# alone (o, O), and that are each other's mirror image (b, d; arrows to the left), since training flips images.
+TRAINING_CHARACTERS = {
+    "Latin": "ACEKMPSUWYegmrŒÞ",
+    "digits": "147",
+    "punctuation": "@%?¶©*",
+    "Greek": "ΞΦΩβμ",
+    "Cyrillic": "ДШЫЂЉ",
+    "Armenian": "ԲԹԾՀՇՖԴ",
+    "Georgian": "დკრფყჰ",
+    "mathematics": "∞±∴⊢⊞⌂",
+    "arrows": "↑⇒↯↘↬⇶",
+    "geometry": "◐▲★○",
+    "sky and signs": "☽♂♅♈♋♎♑❄☂☄☊",
+    "games, music, plants": "♔♗♙♫♠⚅☘⚜❦",
+    "things": "☯⚓⚙✈✌✡☠♨⚒⚗✍☣⌨☤⚰☞",
+}
+VALIDATION_CHARACTERS = {
+    "Latin": "BDHLNQTVXZfhnÆØð",
+    "digits": "26",
+    "punctuation": "&#$§€‡£",
+    "Greek": "ΣΨαλξ",
+    "Cyrillic": "ЖЪЮЊѪ",
+    "Armenian": "ԶԽԿՃՔՊ",
+    "Georgian": "ბელტქჯ",
+    "mathematics": "√≈÷⊥∠⊗≤",
+    "arrows": "↓↻↗↵⇄↔",
+    "geometry": "◇▼■",
+    "sky and signs": "☀♀♄♆♉♌♏⚡☁☃♓☍",
+    "games, music, plants": "♖♘♪♭⚀✿⚘✥",
+    "things": "☢☺⚖✂✉✎☎☥♲⚔⚛☝⌘⚑☧⚱✆",
+}
+CHARACTERS = "".join((*TRAINING_CHARACTERS.values(), *VALIDATION_CHARACTERS.values()))  # class c is CHARACTERS[c - 1]
+
+FACES = (
+    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+)
+ASCII_FACES = ("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")  # their other places hold other signs than Unicode's
+
+
+class Glyph(NamedTuple):
+    """What one image is drawn from; equal glyphs give equal images."""
+
+    character: str
+    faces: Sequence[str]  # paths of the fonts that have the character
+    label: int  # 1-based class
+    index: int  # of the image in its class, from 0
+    seed: int
+
+
+def main() -> None:
+    """Read the options, draw the images, write the four files."""
+    parser = image_arrays.option_parser("glyphs", __doc__.splitlines()[0], image_size=64)
+    drawing = parser.add_argument_group("drawing")
+    drawing.add_argument(
+        "--per_class",
+        type=partial(image_arrays.whole_number, smallest=1),
+        default=30,
+        metavar="N",
+        help="images of each of the 200 characters",
+    )
+    drawing.add_argument(
+        "--seed",
+        type=partial(image_arrays.whole_number, smallest=0),
+        default=0,
+        help="another seed draws other images of the same characters",
+    )
+    args = parser.parse_args()
+    home = args.data_dir if args.data_dir.resolve().name == "glyphs" else args.data_dir / "glyphs"
+    glyphs = all_glyphs(args.per_class, args.seed)
+    labels = [glyph.label for glyph in glyphs]
+    image_arrays.write_splits(
+        "glyphs",
+        image_arrays.halves_by_class(glyphs, labels, len(CHARACTERS), Path(__file__)),
+        getattr(args, "out_dir", home),
+        image_size=args.image_size,
+        make_row=render_glyph,
+        workers=args.workers,
+    )
+
+
+def all_glyphs(per_class: int, seed: int) -> list[Glyph]:
+    """`per_class` glyphs of each of the 200 classes, ordered by class; `UserError` if no font has a character."""
+    faces_of = find_faces(CHARACTERS)
+    return [
+        Glyph(character, faces_of[character], label, index, seed)
+        for label, character in enumerate(CHARACTERS, start=1)
+        for index in range(per_class)
+    ]
+
+
+def find_faces(characters: str) -> dict[str, list[str]]:
+    """For each character the font files of matplotlib that have a drawing of it, as their character maps say."""
+    import matplotlib  # here: --help and the workers do without
+    from matplotlib.ft2font import FT2Font
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    faces_of: dict[str, list[str]] = {character: [] for character in characters}
+    for face in (*FACES, *ASCII_FACES):
+        path = folder / f"{face}.ttf"
+        if not path.is_file():
+            continue
+        drawn = FT2Font(str(path)).get_charmap()
+        for character, faces in faces_of.items():
+            if ord(character) in drawn and (face not in ASCII_FACES or is_ascii_letter_or_digit(character)):
+                faces.append(str(path))
+    for character, faces in faces_of.items():
+        if not faces:
+            raise UserError(
+                f"{folder}: no font has the character {character!r}; install matplotlib anew with its fonts"
+            )
+    return faces_of
+
+
+def is_ascii_letter_or_digit(character: str) -> bool:
+    """Whether a character is one of A-Z, a-z, 0-9."""
+    return character.isascii() and character.isalnum()
+
+
+def render_glyph(glyph: Glyph, image_size: int) -> np.ndarray:
+    """Draw one image; chance comes from (seed, class, index) alone. Returns: uint8 RGB (image_size, image_size, 3)."""
+    rng = np.random.default_rng([glyph.seed, glyph.label, glyph.index])
+    face = glyph.faces[rng.integers(len(glyph.faces))]
+    coverage = jittered(glyph_mask(glyph.character, face, image_size), image_size, rng)[:, :, None]  # (S, S, 1)
+    background = draw_background(image_size, rng)  # (S, S, 3)
+    ink = contrasting_colour(background.mean(axis=(0, 1)), rng)  # (3,)
+    pixels = background * (1 - coverage) + ink * coverage
+    blurred = as_image(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2) * image_size / 64))
+    noise = rng.normal(0, rng.uniform(2, 14), pixels.shape)
+    return np.asarray(as_image(np.asarray(blurred) + noise))
+
+
+@lru_cache(maxsize=64)  # the images of a class come one after another and share its few fonts
+def glyph_mask(character: str, face: str, image_size: int) -> Image.Image:
+    """The character in a font, cut to its ink with a margin of one pixel; mode L, about `image_size` high at most."""
+    font = ImageFont.truetype(face, image_size, layout_engine=ImageFont.Layout.BASIC)
+    left, top, right, bottom = font.getbbox(character)
+    mask = Image.new("L", (round(right - left) + 2, round(bottom - top) + 2))
+    ImageDraw.Draw(mask).text((1 - left, 1 - top), character, font=font, fill=255)
+    return mask
+
+
+def jittered(mask: Image.Image, image_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Place a mask in the image: turned by up to 15 degrees, sheared, scaled, shifted. Returns: (S, S) in [0, 1]."""
+    angle, shear = np.radians(rng.uniform(-15, 15)), rng.uniform(-0.2, 0.2)
+    scale = rng.uniform(0.5, 0.8) * image_size / max(mask.size)
+    stretch = rng.uniform(0.88, 1.12)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    forward = turn @ np.array([[1, shear], [0, 1]]) @ np.diag([scale * stretch, scale / stretch])  # mask -> image
+    back = np.linalg.inv(forward)
+    centre = image_size / 2 + rng.uniform(-0.08, 0.08, 2) * image_size
+    origin = np.array(mask.size) / 2 - back @ centre
+    coefficients = (*back[0], origin[0], *back[1], origin[1])
+    size = (image_size, image_size)
+    placed = mask.transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+    return np.asarray(placed, dtype=np.float64) / 255
+
+
+def draw_background(image_size: int, rng: np.random.Generator) -> np.ndarray:
+    """A plain, graded or cloudy background of one random colour. Returns: float (S, S, 3), 0-255."""
+    colour = rng.uniform(0, 255, 3)
+    kind = rng.choice(["plain", "graded", "cloudy"])
+    if kind == "plain":
+        change = np.zeros((image_size, image_size, 1))
+    elif kind == "graded":
+        direction = rng.uniform(0, 2 * np.pi)
+        along = np.linspace(-0.5, 0.5, image_size)
+        slope = along[None, :] * np.cos(direction) + along[:, None] * np.sin(direction)  # (S, S)
+        change = slope[:, :, None] * rng.uniform(-90, 90, 3)
+    else:
+        coarse = as_image(rng.uniform(0, 255, (6, 6, 3)))
+        clouds = coarse.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        change = (np.asarray(clouds) - 127.5) * rng.uniform(0.2, 0.5)
+    return np.clip(colour + change, 0, 255)
+
+
+def contrasting_colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random colour (3,), 0-255, whose brightness differs from that of `background` (3,) by 80 or more."""
+    brightness = np.array([0.299, 0.587, 0.114])
+    while True:
+        colour = rng.uniform(0, 255, 3)
+        if abs((colour - background) @ brightness) >= 80:
+            return colour
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    """An RGB image of pixels (H, W, 3) of any type, rounded and clipped to 0-255."""
+    return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
+
+
+if __name__ == "__main__":
+    image_arrays.run(main)

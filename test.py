@@ -1,0 +1,139 @@
+"""Score a checkpoint, or a frozen backbone, on the unseen test classes of a data set: R@1/2/4/8 and NMI."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
+from utils.errors import UserError, run_script
+
+
+def make_parser() -> Parser:
+    """The options; the first two are those of the released code."""
+    p = Parser(description="Score embeddings of the test half of a pre-processed data set.")
+    p.add_argument(
+        "--dataset", type=folder_name, default="cub200", help="cub200, car196, glyphs, or any name with arrays"
+    )
+    p.add_argument("--checkpoint_path", metavar="FILE",
+                   help="a checkpoint of this project or of the authors, or a run's folder (its best.pth); backbone, K "
+                   "and embedding size are read from it")  # fmt: skip
+    g = p.add_argument_group("a frozen backbone instead of a checkpoint (pooled features)")
+    g.add_argument("--backbone", type=name_of(BACKBONE_NAMES), help=f"one of {', '.join(BACKBONE_NAMES)}")
+    g.add_argument("--weights", default="auto", help="auto (usual ImageNet weights), none (random), or a file")
+    g = p.add_argument_group("data and output")
+    g.add_argument("--data_dir", default="data", help="the folder that holds <dataset>/")
+    g.add_argument("--image_size", type=whole(8), help="which pre-processed size to take, if there are several")
+    g.add_argument("--json", metavar="FILE", help="write the scores as JSON")
+    g.add_argument("--save_embeddings", metavar="FILE.npy", help="write the embeddings, float32 (N, D), in label order")
+    g.add_argument("--seed", type=whole(0), default=0, help="of the k-means behind NMI, and of a random backbone")
+    g = p.add_argument_group("machine")
+    g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch")
+    g.add_argument("--workers", type=whole(0), default=2, help="threads that cut crops ahead; changes speed alone")
+    g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
+    g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32", help="of the network")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Load, embed, score, print."""
+    parser = make_parser()
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
+    if (args.checkpoint_path is None) == (args.backbone is None):
+        parser.error("give either --checkpoint_path, or --backbone (with --weights) for a frozen backbone")
+    if args.checkpoint_path and "weights" in args.given:
+        parser.error("--weights goes with --backbone; a checkpoint brings its own weights")
+
+    import torch
+    from tqdm import tqdm
+
+    from datasets import center_crops, load_split
+    from utils.devices import choose_device
+    from utils.evaluation import score
+    from utils.features import extract_features
+
+    device = choose_device(args.device)
+    split = load_split(args.data_dir, args.dataset, "validation", args.image_size)
+    torch.manual_seed(args.seed)
+    model, what = load_network(args, device)
+    batches = tqdm(center_crops(split.images, args.test_batch, args.workers), "test features",
+                   total=-(-len(split) // args.test_batch), leave=False, disable=None)  # fmt: skip
+    pooled, embeddings = extract_features(model, batches, args.precision)
+    features = pooled if args.backbone else embeddings
+    result = {
+        **what,
+        "dataset": args.dataset,
+        "images": len(split),
+        "classes": len(set(split.labels.tolist())),
+        "image_size": split.image_size,
+        "dimension": features.shape[1],
+        "precision": args.precision,
+        "device": device.type,
+        **score(features.to(device), split.labels, args.seed),
+    }
+    write_outputs(args, features, result)
+    print_result(result)
+    return 0
+
+
+def load_network(args, device):
+    """The network to score and what to say of it."""
+    import torch
+
+    from models import build_model, load_checkpoint
+
+    if args.backbone:
+        model = build_model(args.backbone, weights=args.weights)
+        return model.to(device, memory_format=torch.channels_last), {
+            "features": "pooled", "backbone": args.backbone, "weights": args.weights, "checkpoint": None, "epoch": None,
+        }  # fmt: skip
+    model, info = load_checkpoint(find_checkpoint(args.checkpoint_path), device)
+    return model.to(memory_format=torch.channels_last), {
+        "features": "embedding", "backbone": info["backbone"], "weights": None, "checkpoint": info["path"],
+        "epoch": info["epoch"], "n_cluster": info["n_cluster"], "low_dim": info["low_dim"],
+    }  # fmt: skip
+
+
+def find_checkpoint(given: str) -> Path:
+    """The file to load: `given` itself, or the best.pth of the run's folder of that name (said on a line)."""
+    path = Path(given)
+    run = path if path.is_dir() else path.with_suffix("")
+    if path.is_file() or not run.is_dir():
+        return path
+    best = run / "best.pth"
+    if not best.is_file():
+        raise UserError(f"{best}: no such file; {run} holds no finished epoch yet")
+    print(f"{given}: taking the run's {best}")
+    return best
+
+
+def write_outputs(args, features, result: dict) -> None:
+    """The files asked for, each written whole."""
+    import numpy as np
+
+    from utils.files import written_whole
+
+    if args.save_embeddings:
+        with written_whole(args.save_embeddings) as path, open(path, "wb") as file:
+            np.save(file, features.numpy())
+    if args.json:
+        with written_whole(args.json) as path:
+            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def print_result(result: dict) -> None:
+    """What was scored, and the scores."""
+    source = result["checkpoint"] or f"frozen {result['backbone']}, weights {result['weights']}"
+    trained = f" after epoch {result['epoch']}" if result["epoch"] is not None else ""
+    print(f"{source}{trained}: {result['backbone']}, {result['features']} of {result['dimension']} dimensions")
+    print(f"{result['dataset']}: {result['images']} test images of {result['classes']} unseen classes, "
+          f"{result['image_size']} px stored")  # fmt: skip
+    print(
+        "  ".join(f"R@{k} {100 * result[f'recall@{k}']:.2f}" for k in (1, 2, 4, 8)), f" NMI {100 * result['nmi']:.2f}"
+    )
+    print(f"NMI by {result['nmi_protocol']}")
+
+
+if __name__ == "__main__":
+    run_script(main)

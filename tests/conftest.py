@@ -1,0 +1,34 @@
+"""What several tests share: where the research data is, if it is here at all."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+sys.path.insert(0, str(GOLDEN))  # tests import golden_state from it
+
+
+def shared_folder() -> Path | None:
+    """The folder with the research images and weights: $CBSWR_SHARED, else ../shared beside the checkout."""
+    folder = Path(os.environ.get("CBSWR_SHARED", ROOT.parent / "shared"))
+    return folder if (folder / "data").is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The research data; a test that asks for it is skipped where it is absent."""
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip("needs the research images and weights (set CBSWR_SHARED); they are not part of the project")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root, where the README's commands are run."""
+    return ROOT

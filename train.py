@@ -1,0 +1,360 @@
+"""Train CBSwR: unsupervised deep metric learning by deep clustering (Nguyen et al., BMVC 2020).
+
+images -> views -> backbone -> feature map -> embedding -> pseudo-labels -> centroids -> losses -> checkpoint
+-> R@K and NMI
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, real, whole
+from utils.errors import UserError, run_script
+
+REMOVED = {
+    "--norm": "weighted a loss that the released code did not have; leave it out",
+    "--cl": "weighted a loss that the released code did not have; leave it out",
+    "--batch_m": "had no effect in the released code; leave it out (--neg_m weights the sums over other clusters)",
+}
+CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "device", "workers", "log_dir", "data_dir"}  # on --resume
+log = logging.getLogger("train")
+
+
+def make_parser() -> Parser:
+    """The options; their old names are those of the released code."""
+    p = Parser(description="Train CBSwR on a pre-processed data set, without labels.", removed=REMOVED)
+    g = p.add_argument_group("data")
+    g.add_argument(
+        "--dataset", type=folder_name, default="cub200", help="cub200, car196, glyphs, or any name with arrays"
+    )
+    g.add_argument("--data_dir", default="data", help="the folder that holds <dataset>/")
+    g.add_argument("--image_size", type=whole(8), help="which pre-processed size to take, if there are several")
+    g.add_argument("--workers", type=whole(0), default=2, help="threads that cut crops ahead; changes speed alone")
+    g = p.add_argument_group("network")
+    g.add_argument(
+        "--backbone", type=name_of(BACKBONE_NAMES), default="googlenet", help=f"one of {', '.join(BACKBONE_NAMES)}"
+    )
+    g.add_argument("--weights", default="auto", help="auto (usual ImageNet weights), none (random), or a file")
+    g.add_argument("--low_dim", type=whole(1), default=128, help="size of the embedding")
+    g.add_argument("--n_cluster", type=whole(2), default=32, help="K, the number of clusters")
+    g = p.add_argument_group("method")
+    g.add_argument("--positives", type=name_of(("auto", "self", "nn")), default="auto",
+                   help="second view: of the image itself, or half the time of its nearest neighbour, mined each epoch "
+                   "(auto: nn on cub200, self elsewhere)")  # fmt: skip
+    g.add_argument("--pseudo_labels", type=name_of(("rim", "kmeans")), default="rim",
+                   help="rim: argmax of the cluster head, as in the paper; kmeans: k-means over all training features "
+                   "at the start of each epoch")  # fmt: skip
+    g.add_argument("--t", type=real(0, above=True), default=0.1, help="temperature of the centre-based softmax")
+    g.add_argument(
+        "--alpha", type=real(0), default=1.0, help="weight of the push from other centres in the metric loss"
+    )
+    g.add_argument("--mu", type=real(0), default=1.0, help="weight of the balance term in the clustering loss")
+    g.add_argument(
+        "--neg_m", type=whole(1), default=1, help="factor on every sum over other clusters in the metric loss"
+    )
+    g.add_argument("--ml", type=real(0), default=0.9, help="weight of the metric loss")
+    g.add_argument("--rim", type=real(0), default=0.3, help="weight of the clustering loss")
+    g.add_argument("--recon", type=real(0), default=0.001, help="weight of the reconstruction loss")
+    g.add_argument("--recon_target", type=name_of(("input", "image")), default="input",
+                   help="input: the mean-subtracted image / 255, as released; image: the image in [0, 1]")  # fmt: skip
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--lr", type=real(0, above=True), default=0.001, help="learning rate of plain SGD, constant")
+    g.add_argument("--batch_size", type=whole(1), default=64, help="m, images a batch; the network sees 2m views")
+    g.add_argument("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores and saves the untrained network")
+    g.add_argument("--seed", type=whole(0), default=1024, help="of everything random")
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch in evaluation and feature passes")
+    g.add_argument("--interval", type=whole(1), default=1, help="evaluate every so many epochs (and after the last)")
+    g = p.add_argument_group("run")
+    g.add_argument("--model_name", type=folder_name, help="name of the run's folder (default: CBSwR_<DATASET>)")
+    g.add_argument("--checkpoint_dir", default="new_checkpoint", help="the folder that holds the runs' folders")
+    g.add_argument("--log_dir", help="where <model_name>.log goes, all that is printed (default: the run's folder)")
+    g.add_argument("--config", metavar="FILE", help="JSON file of options; the command line stands above it")
+    g.add_argument("--resume", metavar="RUN", help="continue a run: its folder or its last.pth")
+    g.add_argument("--overwrite", action="store_true", help="start afresh where a finished or stopped run lies")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
+    g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32",
+                   help="bf16: the network in bfloat16; losses and distances stay float32")  # fmt: skip
+    return p
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Options from the command line, above those of --config or of the run that --resume continues."""
+    parser = make_parser()
+    args = parser.parse(argv)
+    if args.resume and args.config:
+        parser.error("--resume takes the run's own settings; leave out --config")
+    if args.resume:
+        run = Path(args.resume)
+        run = run.parent if run.suffix == ".pth" else run
+        source = run / "config.json"
+        base = parser.read_json(str(source))
+        wanted = parser.parse(argv, base, str(source))
+        for name in sorted(wanted.given - CHANGEABLE):
+            if getattr(wanted, name) != base.get(name):
+                parser.error(
+                    f"--resume: --{name} was {base.get(name)} in {run} and cannot change; start a new run for it"
+                )
+        wanted.checkpoint_dir, wanted.model_name, args = str(run.parent), run.name, wanted
+    elif args.config:
+        args = parser.parse(argv, parser.read_json(args.config), args.config)
+    if args.model_name is None:
+        args.model_name = f"CBSwR_{ {'cub200': 'CUB200', 'car196': 'Car196'}.get(args.dataset, args.dataset) }"
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Wire the rooms together and run the epochs."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    import torch
+
+    from datasets import EpochPlan, TwoViewLoader, load_split
+    from models import build_model
+    from utils import runs
+    from utils.devices import choose_device
+
+    device = choose_device(args.device)
+    training = load_split(args.data_dir, args.dataset, "training", args.image_size)
+    validation = load_split(args.data_dir, args.dataset, "validation", training.image_size)
+    check_sizes(args, len(training))
+    run = Path(args.checkpoint_dir) / args.model_name
+    saved = load_run(run, device) if args.resume else None
+    if not saved:
+        refuse_to_overwrite(run, args.overwrite)
+
+    torch.manual_seed(args.seed)
+    weights = "none" if saved else args.weights
+    model = build_model(args.backbone, args.n_cluster, args.low_dim, weights)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
+
+    run.mkdir(parents=True, exist_ok=True)
+    start_log(args, run)
+    rows, state = begin_or_continue(saved, model, optimizer)
+    config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
+    runs.save_config(run, config)
+    if not saved:
+        runs.save_metrics(run, rows)
+    log.info("%s: %d training images, %d test images of %d classes, %d px; %s on %s in %s; run folder %s",
+             args.dataset, len(training), len(validation), len(set(validation.labels.tolist())), training.image_size,
+             args.backbone, device, args.precision, run)  # fmt: skip
+
+    def save(epoch: int) -> None:
+        content = {"model": model.state_dict(), "epoch": epoch, "optimizer": optimizer.state_dict(), "config": config,
+                   "metrics": rows, **state, "rng": random_state(device)}  # fmt: skip
+        runs.save_checkpoint(run / runs.LAST, content)
+        if rows and rows[-1].get("best"):
+            runs.link_checkpoint(run / runs.LAST, run / runs.BEST)
+        runs.save_metrics(run, rows)
+
+    if args.n_epoch == 0:
+        rows.append({"epoch": 0, **evaluate(model, validation, args), "best": True})
+        print_epoch(rows[-1])
+        save(0)
+    for epoch in range(state["epoch"] + 1, args.n_epoch + 1):
+        started = time.perf_counter()
+        positives, pseudo_labels, clustering = pseudo_label_images(model, training, args, epoch, state)
+        features_done = time.perf_counter()
+        plan = EpochPlan(len(training), args.batch_size, training.image_size, args.seed, epoch, positives)
+        loader = TwoViewLoader(training.images, plan, args.workers)
+        losses = train_epoch(model, optimizer, loader, pseudo_labels, args, epoch)
+        train_done = time.perf_counter()
+        row = {"epoch": epoch, **losses, **clustering}
+        if epoch % args.interval == 0 or epoch == args.n_epoch:
+            row |= evaluate(model, validation, args)
+            row["best"] = row["recall@1"] > max((r["recall@1"] for r in rows if "recall@1" in r), default=-1.0)
+        done = time.perf_counter()
+        row["seconds"] = {"features": features_done - started, "train": train_done - features_done,
+                          "evaluate": done - train_done, "epoch": done - started}  # fmt: skip
+        row["images_per_second"] = 2 * len(plan) * args.batch_size / row["seconds"]["train"]
+        rows.append(row)
+        state["epoch"] = epoch
+        print_epoch(row)
+        save(epoch)
+    print_summary(rows, run)
+    return 0
+
+
+def check_sizes(args: argparse.Namespace, count: int) -> None:
+    """Options that the data set limits."""
+    if args.batch_size > count:
+        raise UserError(
+            f"--batch_size {args.batch_size}: the training half of {args.dataset} holds {count} images only"
+        )
+    if args.pseudo_labels == "kmeans" and args.n_cluster > count:
+        raise UserError(f"--n_cluster {args.n_cluster}: more clusters than the {count} training images")
+
+
+def refuse_to_overwrite(run: Path, overwrite: bool) -> None:
+    """UserError if `run` holds a run already; with --overwrite its files are removed instead."""
+    from utils import runs
+
+    held = [run / name for name in (runs.LAST, runs.BEST, runs.METRICS, runs.CONFIG) if (run / name).exists()]
+    if (run / runs.LAST).exists() and not overwrite:
+        raise UserError(f"{run}: holds a run already; continue it with --resume {run}, choose another --model_name, "
+                        f"or start afresh with --overwrite")  # fmt: skip
+    for path in held:
+        path.unlink()
+
+
+def load_run(run: Path, device) -> dict:
+    """The content of a run's last.pth. Raises UserError when there is none."""
+    from models.weights import read_torch_file
+    from utils import runs
+
+    saved = read_torch_file(run / runs.LAST, device)
+    if not isinstance(saved, dict) or not {"model", "optimizer", "epoch", "rng", "metrics"} <= saved.keys():
+        raise UserError(f"{run / runs.LAST}: not a checkpoint that training can continue from")
+    return saved
+
+
+def begin_or_continue(saved: dict | None, model, optimizer) -> tuple[list[dict], dict]:
+    """Rows of metrics so far and the loop's state; a saved run's weights, optimiser and generators are put back."""
+    if saved is None:
+        return [], {"epoch": 0, "pseudo_labels": None}
+    import torch
+
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--resume: last.pth does not fit the run's config.json ({str(error).splitlines()[0]})"
+        ) from None
+    torch.set_rng_state(saved["rng"]["cpu"].cpu())
+    if "cuda" in saved["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
+    return saved["metrics"], {"epoch": saved["epoch"], "pseudo_labels": saved["pseudo_labels"]}
+
+
+def random_state(device) -> dict:
+    """The state of torch's generators (dropout draws from them); the rest is drawn from (seed, epoch)."""
+    import torch
+
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else state
+
+
+def pseudo_label_images(model, training, args: argparse.Namespace, epoch: int, state: dict):
+    """One feature pass for mining and clustering: positives (N,) or None, pseudo-labels (N,) or None, what to log."""
+    mine = args.positives == "nn" or (args.positives == "auto" and args.dataset == "cub200")
+    if not mine and args.pseudo_labels == "rim":
+        return None, None, {}
+    import torch
+
+    from datasets import center_crops
+    from utils import clustering, metrics, search
+    from utils.features import extract_features
+
+    batches = progress(center_crops(training.images, args.test_batch, args.workers), len(training) / args.test_batch,
+                       f"epoch {epoch}: features")  # fmt: skip
+    pooled, _ = extract_features(model, batches, args.precision)
+    pooled = pooled.to(next(model.parameters()).device)
+    positives = search.nearest_neighbors(pooled, 1)[1][:, 0].cpu().numpy() if mine else None
+    if args.pseudo_labels == "rim":
+        return positives, None, {}
+    labels = clustering.kmeans(pooled, args.n_cluster, seed=args.seed + epoch)[0].cpu()
+    sizes = torch.bincount(labels, minlength=args.n_cluster)
+    logged = {"cluster_sizes": sizes.tolist()}
+    if state["pseudo_labels"] is not None:
+        logged["nmi_to_previous_clusters"] = metrics.nmi(labels, state["pseudo_labels"].cpu())
+    state["pseudo_labels"] = labels
+    return positives, labels, logged
+
+
+def train_epoch(model, optimizer, loader, pseudo_labels, args: argparse.Namespace, epoch: int) -> dict[str, float]:
+    """One epoch of SGD; the mean of each loss over its steps."""
+    import torch
+
+    from losses import cbswr_losses, total_loss
+    from utils.features import network_autocast
+
+    device = next(model.parameters()).device
+    model.train()
+    names = ("loss", "metric", "rim", "reconstruction")
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+    bar = progress(loader, len(loader), f"epoch {epoch}: train")
+    for views, images in bar:
+        inputs = model.normalization(views.to(device, non_blocking=True))  # (2m, 3, H, W)
+        labels = None if pseudo_labels is None else pseudo_labels[images].to(device)
+        with network_autocast(device, args.precision):
+            losses = cbswr_losses(model, inputs, labels, temperature=args.t, alpha=args.alpha, mu=args.mu,
+                                  neg_m=args.neg_m, recon_target=args.recon_target)  # fmt: skip
+        losses["loss"] = total_loss(losses, args.ml, args.rim, args.recon)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        optimizer.step()
+        sums += torch.stack([losses[name].detach().double() for name in names])
+    means = (sums / max(len(loader), 1)).tolist()
+    return {name if name == "loss" else f"{name}_loss": mean for name, mean in zip(names, means, strict=True)}
+
+
+def evaluate(model, validation, args: argparse.Namespace) -> dict:
+    """R@1/2/4/8 and NMI of the test half, by its embeddings (paper section 4)."""
+    from datasets import center_crops
+    from utils.evaluation import score
+    from utils.features import extract_features
+
+    batches = progress(center_crops(validation.images, args.test_batch, args.workers),
+                       len(validation) / args.test_batch, "test features")  # fmt: skip
+    _, embeddings = extract_features(model, batches, args.precision)
+    return score(embeddings.to(next(model.parameters()).device), validation.labels)
+
+
+def progress(items, total: float, title: str):
+    """A progress bar on a terminal, nothing in a log."""
+    from tqdm import tqdm
+
+    return tqdm(items, title, total=-int(-total // 1), leave=False, disable=None, dynamic_ncols=True)
+
+
+def start_log(args: argparse.Namespace, run: Path) -> None:
+    """Print to the terminal and append to the log file."""
+    folder = Path(args.log_dir) if args.log_dir else run
+    folder.mkdir(parents=True, exist_ok=True)
+    log.setLevel(logging.INFO)
+    log.handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(folder / f"{args.model_name}.log")]
+
+
+def print_epoch(row: dict) -> None:
+    """One line an epoch."""
+    parts = [f"epoch {row['epoch']:>3}"]
+    if "loss" in row:
+        parts.append(
+            "loss {loss:.4f} (metric {metric_loss:.4f}, rim {rim_loss:.4f}, recon {reconstruction_loss:.4f})".format(
+                **row
+            )
+        )
+    if "cluster_sizes" in row:
+        sizes = row["cluster_sizes"]
+        parts.append(f"clusters {min(sizes)} to {max(sizes)} images")
+    if "nmi_to_previous_clusters" in row:
+        parts.append(f"NMI to the last clusters {100 * row['nmi_to_previous_clusters']:.1f}")
+    if "recall@1" in row:
+        parts.append(" ".join(f"R@{k} {100 * row[f'recall@{k}']:.2f}" for k in (1, 2, 4, 8)))
+        parts.append(f"NMI {100 * row['nmi']:.2f}{' *' if row.get('best') else ''}")
+    if "seconds" in row:
+        parts.append(f"{row['seconds']['epoch']:.1f} s, {row['images_per_second']:.1f} images/s")
+    log.info("  ".join(parts))
+
+
+def print_summary(rows: list[dict], run: Path) -> None:
+    """The last epoch and the best one, the latter marked as chosen on test."""
+    scored = [row for row in rows if "recall@1" in row]
+    if not scored:
+        return
+    best = max(scored, key=lambda row: row["recall@1"])  # the first of equals
+    log.info("NMI by %s", scored[-1]["nmi_protocol"])
+    for title, row, name in (("last epoch", scored[-1], "last.pth"), ("best epoch, CHOSEN ON TEST", best, "best.pth")):
+        log.info("%s (%d): R@1 %.2f  NMI %.2f  %s", title, row["epoch"], 100 * row["recall@1"], 100 * row["nmi"],
+                 os.path.join(run, name))  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main)

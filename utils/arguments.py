@@ -1,0 +1,144 @@
+"""Kinds of command-line values, and options given in a file. Nothing here is slow to import."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+# the names of models.BACKBONES, which takes seconds to import
+BACKBONE_NAMES = (
+    "googlenet",
+    "googlenet_caffe",
+    "googlenet_bn",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet_small",
+)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return parse
+
+
+def real(least: float, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number of at least (or, with `above`, greater than) `least`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not math.isfinite(value) or value < least or (above and value == least):
+            raise argparse.ArgumentTypeError(f"must be {'greater than' if above else 'at least'} {least:g}, got {text}")
+        return value
+
+    return parse
+
+
+def name_of(choices: tuple[str, ...]) -> Callable[[str], str]:
+    """An argparse type: one of `choices`; the error suggests the nearest."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            close = difflib.get_close_matches(text, choices, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise argparse.ArgumentTypeError(f"unknown name {text!r}{hint} (choose from {', '.join(choices)})")
+        return text
+
+    return parse
+
+
+def folder_name(text: str) -> str:
+    """An argparse type: a plain name that makes one folder: not empty, no separators, not a hidden or parent folder."""
+    if not text or text.startswith(".") or "/" in text or "\\" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a plain name without slashes or a leading dot, got {text!r}")
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations, suggests the nearest option, and can read options from JSON."""
+
+    def __init__(self, *, removed: dict[str, str] | None = None, **kwargs) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.removed = removed or {}
+
+    def parse(self, argv: list[str], base: dict | None = None, source: str = "") -> argparse.Namespace:
+        """Parse `argv`; `base` (option -> value, from the file `source`) stands below it and above the defaults.
+
+        Exits with status 2 and one line for any mistake in either. The namespace's `given` names the options of `argv`.
+        """
+        self._check_names(argv)
+        self.parse_args(self._as_argv(base or {}, source))  # faults of the file are reported as such
+        args = self.parse_args(self._as_argv(base or {}, source) + argv)
+        args.given = self._given(argv)
+        return args
+
+    def read_json(self, path: str) -> dict:
+        """Options from a JSON object; exits with status 2 when it is none."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            self.error(f"{path}: {error.strerror}; give a JSON file of options")
+        except ValueError as error:
+            self.error(f"{path}: not valid JSON ({error})")
+        if not isinstance(content, dict):
+            self.error(f'{path}: expected a JSON object of options such as {{"lr": 0.001}}')
+        return content
+
+    def error(self, message: str) -> None:
+        """One line and exit status 2; argparse's usage text would bury it."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def _options(self) -> dict[str, argparse.Action]:
+        return {s: action for action in self._actions for s in action.option_strings if s.startswith("--")}
+
+    def _check_names(self, argv: list[str]) -> None:
+        known = self._options()
+        for word in argv:
+            name = word.partition("=")[0]
+            if name in self.removed:
+                self.error(f"{name}: {self.removed[name]}")
+            if name.startswith("--") and len(name) > 2 and name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                self.error(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
+
+    def _given(self, argv: list[str]) -> set[str]:
+        known = self._options()
+        return {known[n].dest for n in (word.partition("=")[0] for word in argv) if n in known}
+
+    def _as_argv(self, values: dict, source: str) -> list[str]:
+        known = {action.dest: (s, action) for s, action in self._options().items()}
+        argv = []
+        for key, value in values.items():
+            if key not in known or key in {"help", "config"}:
+                close = difflib.get_close_matches(key, known, 1)
+                self.error(f"{source}: unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            option, action = known[key]
+            if value is None:
+                continue
+            if action.nargs == 0:  # a flag
+                if not isinstance(value, bool):
+                    self.error(f"{source}: {key} is true or false, got {value!r}")
+                argv += [option] if value else []
+            elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                self.error(f"{source}: {key} takes a number or a text, got {json.dumps(value)}")
+            else:
+                argv.append(f"{option}={value}")
+        return argv

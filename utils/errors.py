@@ -1,0 +1,25 @@
+"""The one exception for a user's mistake, and how a script reports it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake of the user's that a message can mend: it names the file or value and says what to do next."""
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main`; a `UserError` or a fault of the file system becomes one line and exit status 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)

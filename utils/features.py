@@ -1,0 +1,35 @@
+"""Features of many images: one pass of a network in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def network_autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """The autocast context of `--precision`: bf16 for the network, nothing for fp32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.inference_mode()
+def extract_features(model: Any, batches: Iterable[Tensor], precision: str = "fp32") -> tuple[Tensor, Tensor]:
+    """Pooled features (N, C) and embeddings (N, D) of all images, of unit length, float32 on the CPU.
+
+    batches: uint8 RGB tensors (b, H, W, 3). The model's training mode is restored afterwards.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    pooled, embeddings = [], []
+    try:
+        for batch in batches:
+            with network_autocast(device, precision):
+                parts = model.features(model.normalization(batch.to(device, non_blocking=True)))
+            pooled.append(parts[0].float().cpu())
+            embeddings.append(parts[1].float().cpu())
+    finally:
+        model.train(was_training)
+    return torch.cat(pooled), torch.cat(embeddings)
