@@ -76,7 +76,7 @@ def _small_resnet() -> nn.Module:
             shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
         return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut))
 
-    widths = (32, 64, 128, 256)
+    widths = (32, 32, 64, 128)
     stem = [
         ("conv1", nn.Conv2d(3, widths[0], 3, 2, padding=1, bias=False)),
         ("bn1", nn.BatchNorm2d(widths[0])),
@@ -108,5 +108,5 @@ BACKBONES = {
     "resnet34": BackboneSpec(lambda: _torchvision_resnet("resnet34"), 512, IMAGENET, "ResNet34_Weights"),
     "resnet50": BackboneSpec(lambda: _torchvision_resnet("resnet50"), 2048, IMAGENET, "ResNet50_Weights"),
     "resnet101": BackboneSpec(lambda: _torchvision_resnet("resnet101"), 2048, IMAGENET, "ResNet101_Weights"),
-    "resnet_small": BackboneSpec(_small_resnet, 256, IMAGENET),
+    "resnet_small": BackboneSpec(_small_resnet, 128, IMAGENET),
 }

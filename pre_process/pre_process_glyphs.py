@@ -152,10 +152,10 @@ def render_glyph(glyph: Glyph, image_size: int) -> np.ndarray:
     face = glyph.faces[rng.integers(len(glyph.faces))]
     coverage = jittered(glyph_mask(glyph.character, face, image_size), image_size, rng)[:, :, None]  # (S, S, 1)
     background = draw_background(image_size, rng)  # (S, S, 3)
-    ink = contrasting_colour(background.mean(axis=(0, 1)), rng)  # (3,)
+    ink = rng.uniform(10, 50) + rng.normal(0, 3, 3)  # (3,), dark on light
     pixels = background * (1 - coverage) + ink * coverage
     blurred = as_image(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2) * image_size / 64))
-    noise = rng.normal(0, rng.uniform(2, 14), pixels.shape)
+    noise = rng.normal(0, rng.uniform(45, 55), pixels.shape)
     return np.asarray(as_image(np.asarray(blurred) + noise))
 
 
@@ -171,9 +171,9 @@ def glyph_mask(character: str, face: str, image_size: int) -> Image.Image:
 
 def jittered(mask: Image.Image, image_size: int, rng: np.random.Generator) -> np.ndarray:
     """Place a mask in the image: turned by up to 15 degrees, sheared, scaled, shifted. Returns: (S, S) in [0, 1]."""
-    angle, shear = np.radians(rng.uniform(-15, 15)), rng.uniform(-0.2, 0.2)
-    scale = rng.uniform(0.5, 0.8) * image_size / max(mask.size)
-    stretch = rng.uniform(0.88, 1.12)
+    angle, shear = np.radians(rng.uniform(-8, 8)), rng.uniform(-0.1, 0.1)
+    scale = rng.uniform(0.6, 0.75) * image_size / max(mask.size)
+    stretch = rng.uniform(0.94, 1.06)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     forward = turn @ np.array([[1, shear], [0, 1]]) @ np.diag([scale * stretch, scale / stretch])  # mask -> image
     back = np.linalg.inv(forward)
@@ -186,8 +186,8 @@ def jittered(mask: Image.Image, image_size: int, rng: np.random.Generator) -> np
 
 
 def draw_background(image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """A plain, graded or cloudy background of one random colour. Returns: float (S, S, 3), 0-255."""
-    colour = rng.uniform(0, 255, 3)
+    """Light paper: plain, graded or cloudy, slightly tinted. Returns: float (S, S, 3), 0-255."""
+    colour = rng.uniform(215, 245) + rng.normal(0, 3, 3)
     kind = rng.choice(["plain", "graded", "cloudy"])
     if kind == "plain":
         change = np.zeros((image_size, image_size, 1))
@@ -195,21 +195,12 @@ def draw_background(image_size: int, rng: np.random.Generator) -> np.ndarray:
         direction = rng.uniform(0, 2 * np.pi)
         along = np.linspace(-0.5, 0.5, image_size)
         slope = along[None, :] * np.cos(direction) + along[:, None] * np.sin(direction)  # (S, S)
-        change = slope[:, :, None] * rng.uniform(-90, 90, 3)
+        change = slope[:, :, None] * rng.uniform(-40, 40)
     else:
-        coarse = as_image(rng.uniform(0, 255, (6, 6, 3)))
+        coarse = as_image(np.repeat(rng.uniform(0, 255, (6, 6, 1)), 3, axis=2))
         clouds = coarse.resize((image_size, image_size), Image.Resampling.BICUBIC)
-        change = (np.asarray(clouds) - 127.5) * rng.uniform(0.2, 0.5)
+        change = (np.asarray(clouds) - 127.5) * rng.uniform(0.05, 0.15)
     return np.clip(colour + change, 0, 255)
-
-
-def contrasting_colour(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random colour (3,), 0-255, whose brightness differs from that of `background` (3,) by 80 or more."""
-    brightness = np.array([0.299, 0.587, 0.114])
-    while True:
-        colour = rng.uniform(0, 255, 3)
-        if abs((colour - background) @ brightness) >= 80:
-            return colour
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:

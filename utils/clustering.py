@@ -1,38 +1,48 @@
-"""k-means: many starts, Lloyd iterations by blocks, no empty cluster, the same result for the same seed."""
+"""k-means: good starts, Lloyd iterations by blocks, no empty cluster, the same result for the same seed."""
 
 from __future__ import annotations
 
-import importlib.util
+import math
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.search import as_matrix, block_rows, conditioned, nearest_neighbors, squared_distances, with_norms, with_ones
+from utils.search import as_matrix, frame_of, framed, full_float32, nearest_neighbors, squared_distances
 
 ENGINES = ("auto", "torch", "faiss")
-MEMORY_MB = 512
-SHORT_ITERATIONS = 6  # of every start, before the best ones go on
-FINALISTS = 2  # starts that go on to convergence
-ROUNDS = 256  # k-means++ draws its k centres in at most so many rounds
+CPU_BLOCK = 1 << 20  # scores per block of rows: they stay in the cache of the cores
+GPU_BLOCK = 1 << 26
+SEEDING_ROUNDS = 64  # k-means++ draws its k centroids in about so many rounds
+WARM_UP = 4  # Lloyd iterations of the start before its centroids are redrawn
+REDRAWN = 0.5  # centroids that the first redraw adds and removes, as a share of k
+SETTLE = 2  # Lloyd iterations after centroids were added, and after others were removed
+SHRINK = 0.6  # a redraw that did not help is followed by one of fewer centroids
 
 
 def pick_engine(n: int, d: int, k: int, device: torch.device | str = "cpu") -> str:
-    """The engine that "auto" stands for, for n rows of d columns and k clusters on a device: "torch" or "faiss"."""
+    """The engine that "auto" stands for, for n rows of d columns and k clusters on a device.
+
+    Always "torch" so far: faiss runs every start for all max_iter iterations and takes plain random starts, so at
+    equal inertia it was slower on every size measured (`benchmarks/kmeans.py` compares them).
+    """
     return "torch"
 
 
 def protocol(n_init: int, max_iter: int, engine: str) -> str:
-    """One line that says what `kmeans` does with these settings, to be printed beside every NMI."""
+    """One line that says what `kmeans` does with these settings, to be printed beside every NMI.
+
+    engine is "torch" or "faiss": for "auto" ask `pick_engine` first.
+    """
+    if engine not in ENGINES[1:]:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES[1:])}, not {engine!r}")
     if engine == "faiss":
-        return f"k-means, {n_init} random start(s) of {max_iter} iterations each, faiss engine"
-    if n_init <= FINALISTS:
-        return f"k-means++ x{n_init}, each to convergence, <={max_iter} iterations, {engine} engine"
-    return (
-        f"k-means++ x{n_init} restarts ({SHORT_ITERATIONS} iterations each, best {FINALISTS} to convergence), "
-        f"<={max_iter} iterations, {engine} engine"
-    )
+        return f"k-means, best of {n_init} random start(s) x {max_iter} iterations, faiss engine"
+    again = f" + {n_init - 1} partial restarts (centroids redrawn, kept if better)" if n_init > 1 else ""
+    return f"k-means++ x1{again}, Lloyd <={max_iter} iterations, torch engine"
 
 
 def cluster_sizes(assignments: Tensor | np.ndarray, k: int) -> Tensor:
@@ -55,9 +65,12 @@ def kmeans(
 ) -> tuple[Tensor, Tensor, float] | tuple[np.ndarray, np.ndarray, float]:
     """Cluster rows into k non-empty clusters of small squared distance to their centroids.
 
-    features (N, D) floating point; n_init starts, of which the best counts (`protocol` says how far each is run);
-    a run ends when no row changes its cluster, after max_iter iterations, or (torch engine) when the squared
-    movement of all centroids together is at most tol times the mean variance of the columns, as in scikit-learn.
+    features (N, D) floating point; n_init tries. The torch engine makes one k-means++ start and spends every further
+    try on the best clustering so far: centroids are added where rows are far from theirs, the least useful ones are
+    removed, and the result is kept if it is better; at the price of few iterations that reached a lower inertia than
+    as many independent restarts (`benchmarks/kmeans.py`). Then Lloyd iterations run until no row changes its cluster,
+    for max_iter iterations, or until the squared movement of all centroids together is at most tol times the mean
+    variance of the columns, as in scikit-learn. The faiss engine runs n_init random starts for max_iter iterations.
     Returns assignments (N,) int64, centroids (k, D) float32 and the inertia (sum of squared distances to the
     centroids, in float64): tensors on the features' device, or arrays for an array. Each row is assigned to its
     nearest centroid, at equal distance to the one of lower index.
@@ -71,9 +84,10 @@ def kmeans(
     if engine == "faiss":
         centroids = _faiss_centroids(matrix, k, n_init, max_iter, seed)
     else:
-        rows, scale = conditioned(matrix)
-        found = _best_run(_Rows(rows), k, n_init, max_iter, seed, tol)
-        centroids = (found.double() / scale + matrix.mean(0, dtype=torch.float64)).float()
+        centre, scale = frame_of(matrix)
+        with full_float32():
+            found = _best_run(_Rows(framed(matrix, (centre, scale))), k, n_init, max_iter, seed, tol)
+        centroids = (found.double() / scale + centre).float()
     assignments, centroids = _settle(matrix, centroids)
     inertia = float(
         squared_distances(matrix, centroids, (torch.arange(len(matrix), device=matrix.device), assignments)).sum()
@@ -97,109 +111,179 @@ class _Rows:
 
     def __init__(self, rows: Tensor) -> None:
         self.plain = rows
-        self.left = with_ones(rows)
         self.norms = rows.square().sum(1)
+        self.noise = self.norms * ((rows.shape[1] + 8) * 2.0**-22)  # bound for a distance near 0, (N,)
+        self.block = CPU_BLOCK if rows.device.type == "cpu" else GPU_BLOCK
 
     def nearest(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         """Cluster (N,) int64 of the nearest centroid and squared distance (N,) float32, in float32 arithmetic."""
-        right = with_norms(centroids)
-        step = block_rows(len(centroids), MEMORY_MB, right.device)
-        parts = [(block @ right.T).max(1) for block in self.left.split(step)]
+        parts = [scores.max(1) for scores in self._scores(centroids)]
         best, clusters = (torch.cat(column) for column in zip(*parts, strict=True))
         return clusters, (self.norms - 2 * best).clamp_(min=0)
 
+    def use(self, centroids: Tensor) -> Tensor:
+        """By how much (k,) the inertia would grow without each of the centroids (half of it, in fact)."""
+        use = centroids.new_zeros(len(centroids))
+        for scores in self._scores(centroids):
+            best, clusters = scores.topk(2, dim=1)
+            _add_rows(use[:, None], clusters[:, 0], (best[:, :1] - best[:, 1:]))
+        return use
+
+    def _scores(self, centroids: Tensor) -> Iterator[Tensor]:
+        """Blocks (B, k) of x.c - |c|^2 / 2: the larger, the nearer."""
+        bias = centroids.square().sum(1).mul(-0.5)
+        for block in self.plain.split(max(1, self.block // len(centroids))):
+            yield torch.addmm(bias, block, centroids.T)
+
+    def means(self, clusters: Tensor, k: int) -> Tensor:
+        """Mean row (k, D) of each cluster, none of them empty."""
+        sizes = torch.bincount(clusters, minlength=k)[:, None]
+        return _add_rows(self.plain.new_zeros(k, self.plain.shape[1]), clusters, self.plain).div_(sizes)
+
+
+def _add_rows(sums: Tensor, clusters: Tensor, rows: Tensor) -> Tensor:
+    """sums[clusters[i]] += rows[i], in a fixed order on every device, so that a seed gives one result."""
+    if rows.device.type == "cpu":
+        return sums.index_add_(0, clusters, rows)
+    order = torch.argsort(clusters, stable=True)
+    sizes = torch.bincount(clusters, minlength=len(sums))
+    return sums.add_(torch.nn.functional.embedding_bag(order, rows, sizes.cumsum(0) - sizes, mode="sum"))
+
 
 @dataclass
-class _Run:
-    """One start and how far it has come."""
+class _State:
+    """Centroids (k, D), the cluster (N,) of each row under them, squared distances (N,) to them, and their sum."""
 
-    centroids: Tensor  # (k, D)
-    clusters: Tensor | None = None  # (N,)
-    inertia: float = float("inf")  # of the clusters above and the centroids that they were found with
-    iterations: int = 0
-    done: bool = False
+    centroids: Tensor
+    clusters: Tensor
+    distances: Tensor
+    inertia: float
+
+    @classmethod
+    def under(cls, rows: _Rows, centroids: Tensor) -> _State:
+        clusters, distances = rows.nearest(centroids)
+        return cls(centroids, clusters, distances, float(distances.sum(dtype=torch.float64)))
 
 
 def _best_run(rows: _Rows, k: int, n_init: int, max_iter: int, seed: int, tol: float) -> Tensor:
-    """Centroids (k, D) of the best of n_init starts; with many starts only the most promising go all the way."""
+    """Centroids (k, D): a k-means++ start, n_init - 1 redraws that are kept where they help, Lloyd to the end."""
     generator = torch.Generator().manual_seed(seed)
     limit = tol * float(rows.plain.var(0, correction=0).mean())
-    runs = [_Run(_plus_plus(rows, k, generator)) for _ in range(n_init)]
-    if n_init > FINALISTS:
-        for run in runs:
-            _lloyd(rows, run, min(max_iter, SHORT_ITERATIONS), limit)
-        runs = sorted(runs, key=lambda run: run.inertia)[:FINALISTS]
-    for run in runs:
-        _lloyd(rows, run, max_iter, limit)
-    return min(runs, key=lambda run: run.inertia).centroids
+    state = _State.under(rows, _plus_plus(rows, k, generator))
+    extra = min(math.ceil(k * REDRAWN), len(rows.plain) - k)
+    if n_init > 1 and k > 1 and extra > 0:
+        state = _lloyd(rows, state, min(WARM_UP, max_iter), limit)
+        for _ in range(n_init - 1):
+            tried = _redrawn(rows, state, extra, min(SETTLE, max_iter), generator)
+            if tried.inertia < state.inertia:
+                state = tried
+            else:
+                extra = math.ceil(extra * SHRINK)
+    return _lloyd(rows, state, max_iter, limit).centroids
 
 
-def _lloyd(rows: _Rows, run: _Run, max_iter: int, limit: float) -> None:
-    """Continue a run until nothing changes, its centroids move by at most `limit`, or max_iter iterations in all."""
-    while not run.done and run.iterations < max_iter:
-        clusters, distances = rows.nearest(run.centroids)
-        run.inertia = float(distances.sum(dtype=torch.float64))
-        run.iterations += 1
-        if run.clusters is not None and torch.equal(clusters, run.clusters):
-            run.done = True
-            return
-        run.clusters = clusters
-        centroids = _means(rows.plain, _without_empty(clusters, distances, len(run.centroids)), len(run.centroids))
-        run.done = float((centroids - run.centroids).square().sum(dtype=torch.float64)) <= limit
-        run.centroids = centroids
+def _lloyd(rows: _Rows, state: _State, iterations: int, limit: float) -> _State:
+    """Lloyd iterations until no row changes its cluster or the centroids move by at most `limit` (squared)."""
+    for _ in range(iterations):
+        after = _State.under(rows, _moved(rows, state))
+        moved = float((after.centroids - state.centroids).square().sum(dtype=torch.float64))
+        settled = moved <= limit or torch.equal(after.clusters, state.clusters)
+        state = after
+        if settled:
+            break
+    return state
 
 
-def _means(rows: Tensor, clusters: Tensor, k: int) -> Tensor:
-    """Mean row (k, D) of each cluster, none of them empty; the order of summation is fixed on every device."""
-    order = torch.argsort(clusters, stable=True)
-    sizes = torch.bincount(clusters, minlength=k)
-    return torch.nn.functional.embedding_bag(order, rows, sizes.cumsum(0) - sizes, mode="mean")
+def _moved(rows: _Rows, state: _State) -> Tensor:
+    """The centroids (k, D) of a state's clusters."""
+    k = len(state.centroids)
+    return rows.means(_without_empty(state.clusters, state.distances, k), k)
+
+
+def _redrawn(rows: _Rows, state: _State, extra: int, iterations: int, generator: torch.Generator) -> _State:
+    """`extra` centroids more, drawn by squared distance, and then as many of the least useful fewer.
+
+    After Fritzke, "The breathing k-means algorithm" (2020), with random draws. Removing two centroids that are each
+    other's stand-in would cost more than their uses say, so the one nearest to a removed one stays.
+    """
+    fresh = _draw(state.distances, extra, generator)
+    if len(fresh) < extra:
+        return state
+    added = _lloyd(rows, _with_added(rows, state, rows.plain[fresh]), iterations - 1, 0.0)
+    centroids = _moved(rows, added)
+    blocks = centroids.split(max(1, rows.block // len(centroids)))
+    # the nearest is the centroid itself; among equal ones it may be either, which does no harm here
+    stand_in = [i for part in blocks for i in torch.cdist(part, centroids).topk(2, largest=False)[1][:, 1].tolist()]
+    by_use = torch.argsort(rows.use(centroids), stable=True).tolist()
+    removed, stays = [], set()
+    for centroid in by_use:
+        if centroid not in stays and len(removed) < extra:
+            removed.append(centroid)
+            stays.add(stand_in[centroid])
+    removed += [centroid for centroid in by_use if centroid in stays][: extra - len(removed)]
+    keep = torch.ones(len(by_use), dtype=torch.bool, device=centroids.device)
+    keep[removed] = False
+    return _lloyd(rows, _State.under(rows, centroids[keep]), iterations, 0.0)
+
+
+def _with_added(rows: _Rows, state: _State, fresh: Tensor) -> _State:
+    """The state with more centroids (E, D): only they have to be compared with the rows."""
+    clusters, distances = rows.nearest(fresh)
+    closer = distances < state.distances
+    clusters = torch.where(closer, clusters + len(state.centroids), state.clusters)
+    distances = torch.where(closer, distances, state.distances)
+    return _State(torch.cat([state.centroids, fresh]), clusters, distances, float(distances.sum(dtype=torch.float64)))
 
 
 def _without_empty(clusters: Tensor, distances: Tensor, k: int) -> Tensor:
     """The clusters (N,) with every empty one given the row farthest from its centroid, but no cluster's only row."""
-    sizes = torch.bincount(clusters, minlength=k)
-    empty = (sizes == 0).nonzero().flatten().tolist()
+    counts = torch.bincount(clusters, minlength=k)
+    empty = (counts == 0).nonzero().flatten().tolist()
     if not empty:
         return clusters
-    clusters = clusters.clone()
-    sizes = sizes.tolist()
+    clusters, sizes = clusters.clone(), counts.tolist()
     for row in torch.argsort(distances, descending=True, stable=True).tolist():
         if not empty:
             break
-        if sizes[int(clusters[row])] > 1:
-            sizes[int(clusters[row])] -= 1
+        before = int(clusters[row])
+        if sizes[before] > 1:
+            sizes[before] -= 1
             clusters[row] = empty.pop()
     return clusters
+
+
+def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Up to `count` different indices, drawn with probability proportional to the weights (N,), never one of weight 0.
+
+    The indices with the largest weight / exponential variate are such a draw (Efraimidis and Spirakis, 2006).
+    """
+    weights = weights.double().cpu()
+    keys = weights / torch.empty_like(weights).exponential_(generator=generator)
+    best = keys.topk(min(count, len(keys)))
+    return best.indices[best.values > 0].to(weights.device)
 
 
 def _plus_plus(rows: _Rows, k: int, generator: torch.Generator) -> Tensor:
     """k rows (k, D), drawn with probability proportional to the squared distance to those drawn before.
 
-    Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding" (2007); a large k is drawn in ROUNDS
-    rounds of several rows each, as one row at a time would cost a pass over the data per centre.
+    Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding" (2007); drawn in SEEDING_ROUNDS rounds
+    of several rows each, as one row at a time would cost a pass over the data per centroid.
     """
-    count = len(rows.plain)
-    per_round = -(-k // ROUNDS)
-    chosen = torch.randint(count, (1,), generator=generator)
-    distances = None
+    device = rows.plain.device
+    chosen = torch.randint(len(rows.plain), (1,), generator=generator).to(device)
+    fresh, distances = chosen, torch.full_like(rows.norms, torch.inf)
     while len(chosen) < k:
-        fresh = chosen[-per_round:]
-        new = rows.nearest(rows.plain[fresh.to(rows.plain.device)])[1]
-        distances = new if distances is None else torch.minimum(distances, new)
-        distances[chosen.to(distances.device)] = 0
-        wanted = min(per_round, k - len(chosen))
-        weights = distances.double().cpu()
-        if int((weights > 0).sum()) < wanted:
-            return _distinct(rows.plain, k, chosen, generator)
-        keys = weights / torch.empty_like(weights).exponential_(
-            generator=generator
-        )  # the largest: drawn without return
-        chosen = torch.cat([chosen, keys.topk(wanted).indices])
-    return rows.plain[chosen.to(rows.plain.device)]
+        distances = torch.minimum(distances, rows.nearest(rows.plain[fresh])[1])
+        distances[distances <= rows.noise] = 0
+        wanted = min(-(-k // SEEDING_ROUNDS), k - len(chosen))
+        fresh = _draw(distances, wanted, generator).to(device)
+        if len(fresh) < wanted:
+            return _distinct(rows.plain, k, generator)
+        chosen = torch.cat([chosen, fresh])
+    return rows.plain[chosen]
 
 
-def _distinct(rows: Tensor, k: int, chosen: Tensor, generator: torch.Generator) -> Tensor:
+def _distinct(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k distinct rows where float32 distances can no longer tell rows apart; ValueError if there are fewer."""
     distinct = torch.unique(rows, dim=0)
     if len(distinct) < k:
@@ -222,8 +306,6 @@ def _settle(matrix: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _faiss_centroids(matrix: Tensor, k: int, n_init: int, max_iter: int, seed: int) -> Tensor:
     """Centroids (k, D) by faiss, on all rows, on the GPU where torch and faiss both have one."""
-    import warnings
-
     import faiss
 
     clustering = faiss.Kmeans(
@@ -240,7 +322,3 @@ def _faiss_centroids(matrix: Tensor, k: int, n_init: int, max_iter: int, seed: i
         warnings.simplefilter("ignore")
         clustering.train(np.ascontiguousarray(matrix.float().cpu().numpy()))
     return torch.from_numpy(clustering.centroids).to(matrix.device)
-
-
-def faiss_is_installed() -> bool:
-    return importlib.util.find_spec("faiss") is not None

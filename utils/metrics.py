@@ -17,7 +17,7 @@ def _as_labels(labels: Tensor | np.ndarray | Sequence[int], device: torch.device
     tensor = torch.as_tensor(labels)
     if tensor.ndim != 1:
         raise ValueError(f"labels must have the shape (N,), not {tuple(tensor.shape)}")
-    if tensor.is_floating_point() or tensor.is_complex():
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(f"labels must be integers, not {tensor.dtype}")
     return torch.unique(tensor.to(device), return_inverse=True)[1]
 

@@ -1,24 +1,31 @@
 """Exact nearest-neighbour search (Euclidean) by blocks: memory is bounded, no N x N matrix ever exists.
 
-Distances are compared through a score that one matrix product gives: for a query q and a row x,
-`score = q.x - |x|^2 / 2`, and `|q - x|^2 = |q|^2 - 2 score`, so the nearest row has the largest score.
+Distances are compared through a score that one matrix product gives, `score(q, x) = q.x - |q|^2/2 - |x|^2/2`, which is
+`-|q - x|^2 / 2`: the nearest row has the largest score. Scores are float32 with a known error bound; pairs that the
+bound leaves open are compared by their differences in float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 1 << 20  # scores per block: 4 MiB of float32 stay in the cache of the cores
-GPU_BLOCK = 1 << 26
-TILE = 4096  # rows that a block of queries is compared with at once
+GROUP = 64  # columns whose largest score is looked at before the scores themselves
+CPU_SIDE = 1024  # rows and columns of a block of scores: 4 MiB stay in the cache of the cores
+GPU_SIDE = 8192
+FAR = 1e30  # |x|^2 / 2 of the rows that fill the last group: never near anything
 
 
 def as_matrix(features: Tensor | np.ndarray, name: str = "features") -> Tensor:
-    """`features` as a detached floating-point tensor (N, D) on its own device; ValueError if it is anything else."""
+    """`features` as a detached float32 or float64 tensor (N, D) on its own device.
+
+    Raises ValueError for another shape, for whole numbers and for NaN or infinite values.
+    """
     matrix = torch.as_tensor(features).detach()
     if matrix.ndim != 2 or matrix.shape[1] == 0:
         raise ValueError(f"{name} must have the shape (N, D) with D >= 1, not {tuple(matrix.shape)}")
@@ -26,52 +33,141 @@ def as_matrix(features: Tensor | np.ndarray, name: str = "features") -> Tensor:
         raise ValueError(f"{name} must be floating-point numbers, not {matrix.dtype}")
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
-    if not torch.isfinite(matrix).all():
-        bad = int((~torch.isfinite(matrix)).any(1).sum())
+    finite = torch.isfinite(matrix.sum(dtype=torch.float64))  # one cheap pass; only an odd sum asks for a closer look
+    bad = 0 if finite else int((~torch.isfinite(matrix)).any(1).sum())
+    if bad:
         raise ValueError(f"{name} hold NaN or infinite values in {bad} of {len(matrix)} rows")
     return matrix
 
 
-def conditioned(matrix: Tensor, like: Tensor | None = None) -> tuple[Tensor, float]:
-    """Rows shifted to the mean of `like` and scaled by a power of two, as float32 (N, D), and that scale.
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Matrix products in true float32, whatever precision training asked for (TF32, bfloat16, autocast); no grad."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
-    Neither changes who is nearest to whom; both keep float32 accurate for rows far from the origin, huge or tiny.
+
+def frame_of(matrix: Tensor) -> tuple[Tensor, float]:
+    """The shift (D,) float64 and the power of two that bring rows (N, D) near the origin and to a size near 1.
+
+    Neither changes who is nearest to whom; both keep float32 accurate for rows that are far out, huge or tiny.
     """
-    like = matrix if like is None else like
-    centre = like.mean(0, dtype=torch.float64)
-    spread = max(float(like.amax()) - float(centre.min()), float(centre.max()) - float(like.amin()))
-    scale = 2.0 ** -np.frexp(spread)[1] if spread > 0 else 1.0
-    rows = torch.empty(matrix.shape, device=matrix.device)
-    for part in torch.arange(len(matrix)).split(65536):  # float64 for a part at a time
-        low, high = int(part[0]), int(part[-1]) + 1
-        rows[low:high] = (matrix[low:high] - centre) * scale
-    return rows, scale
+    centre = matrix.mean(0, dtype=torch.float64)
+    spread = max(float(matrix.amax() - centre.min()), float(centre.max() - matrix.amin()))
+    return centre, 2.0 ** -math.frexp(spread)[1] if spread > 0 else 1.0
 
 
-def block_rows(columns: int, memory_mb: float, device: torch.device) -> int:
-    """Queries per block of scores with so many columns; about six temporaries of the block's size fit memory_mb."""
-    target = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
-    return max(1, min(target, int(memory_mb * 2**20 / 24)) // columns)
+def framed(matrix: Tensor, frame: tuple[Tensor, float], out: Tensor | None = None) -> Tensor:
+    """Rows (N, D) in a frame, float32, a part at a time (the float64 in between stays small)."""
+    out = torch.empty(matrix.shape, device=matrix.device) if out is None else out
+    for start in range(0, len(matrix), 8192):
+        part = slice(start, start + 8192)
+        out[part] = (matrix[part] - frame[0]).mul_(frame[1])
+    return out
 
 
-def with_norms(rows: Tensor) -> Tensor:
-    """Rows (N, D) -> (N, D + 1) with -|x|^2 / 2 beside them: times a query with a 1 beside it, that is the score."""
-    return torch.cat([rows, rows.square().sum(1, keepdim=True).mul_(-0.5)], 1)
+class _Rows:
+    """Rows (M, D + 2) ready for scores, M being N filled up to a whole number of groups."""
+
+    def __init__(self, matrix: Tensor, frame: tuple[Tensor, float], order: Tensor | None = None) -> None:
+        count, columns = matrix.shape
+        padded = -(-max(count, 1) // GROUP) * GROUP
+        self.right = torch.zeros(padded, columns + 2, device=matrix.device)
+        plain = framed(matrix, frame, self.right[:count, :columns])
+        if order is not None:
+            plain.copy_(plain[order])
+        self.lengths = plain.square().sum(1).sqrt()
+        self.lengths = torch.nn.functional.pad(self.lengths, (0, padded - count))
+        self.right[:, -2] = self.lengths.square().mul(-0.5)
+        self.right[count:, -2] = -FAR
+        self.right[:, -1] = 1
+        self.unit = (columns + 16) * 2.0**-23
+
+    def left(self, part: slice | Tensor) -> Tensor:
+        """These rows as queries (B, D + 2): their product with `right` is the score."""
+        rows = self.right[part]
+        return torch.cat([rows[:, :-2], rows[:, -1:], rows[:, -2:-1]], 1)
+
+    def blocks(self, side: int, low: int = 0, high: int | None = None) -> list[slice]:
+        high = len(self.right) if high is None else high
+        return [slice(start, min(start + side, high)) for start in range(low, high, side)]
 
 
-def with_ones(rows: Tensor) -> Tensor:
-    """Queries (Q, D) -> (Q, D + 1), the counterpart of `with_norms`."""
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+def _error(queries: _Rows, part: slice | Tensor, rows: _Rows, tile: slice) -> Tensor:
+    """Bound (B, 1) on the error of the scores of some queries with a tile of rows.
+
+    Rounding the inputs and the norms and D + 2 products summed in any order err by less than (D + 16) units of 2^-24
+    times (|q| + |x|)^2 (Higham, Accuracy and Stability of Numerical Algorithms, 3.1); `unit` is twice that.
+    """
+    return (queries.lengths[part] + rows.lengths[tile].max()).square().mul(rows.unit)[:, None]
 
 
-def squared_distances(left: Tensor, right: Tensor, pairs: tuple[Tensor, Tensor], memory_mb: float = 512) -> Tensor:
+def _side(memory_mb: float, device: torch.device) -> int:
+    """Rows of a square block of scores, a multiple of GROUP; about eight float32 blocks of that size fit memory_mb."""
+    fits = math.isqrt(max(0, int(memory_mb * 2**20 / 32))) // GROUP * GROUP
+    return max(GROUP, min(fits, CPU_SIDE if device.type == "cpu" else GPU_SIDE))
+
+
+def _group_tops(scores: Tensor) -> Tensor:
+    """Largest score (B, T / GROUP) of each group of columns of scores (B, T)."""
+    return scores.unflatten(1, (-1, GROUP)).amax(2)
+
+
+def _passing(scores: Tensor, tops: Tensor, bar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and value (P,) of the scores (B, T) that reach their row's bar (B, 1).
+
+    Few do, so only the groups of columns whose largest score reaches it are read again.
+    """
+    rows, groups = (tops >= bar).nonzero(as_tuple=True)
+    values = scores.unflatten(1, (-1, GROUP))[rows, groups]  # (groups that pass, GROUP)
+    place, lane = (values >= bar[rows]).nonzero(as_tuple=True)
+    return rows[place], groups[place] * GROUP + lane, values[place, lane]
+
+
+def squared_distances(left: Tensor, right: Tensor, pairs: tuple[Tensor, Tensor], memory_mb: float = 128) -> Tensor:
     """float64 squared distances (P,) of left[pairs[0]] and right[pairs[1]], from the differences themselves."""
-    step = max(1, int(memory_mb * 2**20 / (32 * left.shape[1])))
+    step = max(1, min(65536, int(memory_mb * 2**20 / (32 * left.shape[1]))))
     out = torch.empty(len(pairs[0]), dtype=torch.float64, device=left.device)
     for start in range(0, len(out), step):
         rows, columns = (index[start : start + step] for index in pairs)
         out[start : start + step] = (left[rows].double() - right[columns]).square_().sum(1)
     return out
+
+
+class _Nearest:
+    """The nearest row of each query so far, from pairs that are handed over in any order."""
+
+    def __init__(self, left: Tensor, right: Tensor, memory_mb: float) -> None:
+        self.left, self.right, self.memory_mb = left, right, memory_mb / 4
+        self.distances = torch.full((len(left),), torch.inf, dtype=torch.float64, device=left.device)
+        self.indices = torch.full((len(left),), len(right), device=left.device)
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.count = 0
+
+    def add(self, queries: Tensor, rows: Tensor) -> None:
+        """Consider pairs (P,); they wait until it is worth a pass."""
+        self.waiting.append((queries, rows))
+        self.count += len(queries)
+        if self.count > self.memory_mb * 2**20 / 64:
+            self.settle()
+
+    def settle(self) -> None:
+        """Compare what waits in float64; at equal distance the row of lower index is nearer."""
+        if not self.waiting:
+            return
+        queries, rows = (torch.cat(column) for column in zip(*self.waiting, strict=True))
+        self.waiting, self.count = [], 0
+        distances = squared_distances(self.left, self.right, (queries, rows), self.memory_mb)
+        before = self.distances[queries]
+        self.distances.scatter_reduce_(0, queries, distances, "amin")
+        self.indices[queries[self.distances[queries] < before]] = len(self.right)
+        equal = distances == self.distances[queries]
+        self.indices.scatter_reduce_(0, queries[equal], rows[equal], "amin")
 
 
 def nearest_neighbors(
@@ -81,9 +177,9 @@ def nearest_neighbors(
 
     features: (N, D) floating point; queries: (Q, D), or None: each row searches the other rows, itself left out by
     index. Returns squared Euclidean distances (Q, k) float32 and row indices (Q, k) int64 on the features' device.
-    Scores are float32, the distances of the rows found are computed from their differences; rows at equal distance
-    come in the order of their indices (where more than k rows tie for the last places, any of them may be taken).
-    Beside one or two float32 copies of the inputs it needs at most memory_mb MiB.
+    k = 1 is exact: the result of a search in float64, the lower index at equal distance. For k > 1 the rows are
+    chosen by float32 scores; their distances come from the differences and decide the order, then the index.
+    Memory: two float32 copies of the inputs and at most memory_mb MiB beside them.
     Raises ValueError for a wrong shape, non-finite values, or k outside 1 .. number of candidates.
     """
     base = as_matrix(features)
@@ -93,58 +189,72 @@ def nearest_neighbors(
         raise ValueError(f"queries have {asked.shape[1]} columns, features {base.shape[1]}")
     if not 1 <= k <= candidates:
         raise ValueError(f"k must lie in 1 .. {candidates} (the rows that a query can find), not {k}")
-    rows = with_norms(conditioned(base)[0])
-    left = with_ones(rows[:, :-1] if queries is None else conditioned(asked, base)[0])
-    tile = max(TILE, k)
-    step = block_rows(min(tile, len(rows)), memory_mb, base.device)
-    indices = torch.empty((len(left), k), dtype=torch.int64, device=base.device)
-    for start in range(0, len(left), step):
-        own = start if queries is None else None
-        indices[start : start + step] = _best_rows(left[start : start + step], rows, k, tile, own)
-    distances = _distances_to(asked, base, indices, memory_mb)
-    if k > 1:
-        indices, order = indices.sort(1)
-        distances, rank = distances.gather(1, order).sort(1, stable=True)
-        indices = indices.gather(1, rank)
-    return distances.float(), indices
-
-
-def _best_rows(left: Tensor, rows: Tensor, k: int, tile: int, own: int | None) -> Tensor:
-    """Indices (B, k) of the rows with the largest scores; `own`: the row that the block's first query is itself."""
-    best, found = None, None
-    for start in range(0, len(rows), tile):
-        scores = left @ rows[start : start + tile].T  # (B, T)
-        if own is not None:
-            hide_own(scores, own - start)
-        # max gives the first of equal scores, topk any of them
+    with full_float32():
+        frame = frame_of(base)
+        rows = _Rows(base, frame)
+        left = rows if queries is None else _Rows(asked, frame)
         if k == 1:
-            top, index = (part[:, None] for part in scores.max(1))
-        else:
+            nearest = _nearest(left, rows, _Nearest(asked, base, memory_mb), queries is None)
+            return nearest.distances.float()[:, None], nearest.indices[:, None]
+        indices = _top_rows(left, rows, k, (len(asked), len(base)), queries is None, memory_mb)
+        return _in_order(asked, base, indices, memory_mb)
+
+
+def _nearest(left: _Rows, rows: _Rows, nearest: _Nearest, own: bool) -> _Nearest:
+    """Find the nearest row of every query; `own`: the queries are the rows, none finds itself."""
+    side = _side(nearest.memory_mb * 4, rows.right.device)
+    for block in left.blocks(side):
+        queries = left.left(block)
+        best = torch.full((len(queries), 1), -FAR / 2, device=queries.device)
+        for tile in rows.blocks(side):
+            scores = queries @ rows.right[tile].T  # (B, T)
+            if own:
+                _hide_own(scores, block.start - tile.start)
+            tops = _group_tops(scores)
+            best = torch.maximum(best, tops.amax(1, keepdim=True))
+            error = _error(left, block, rows, tile)
+            found, columns, _ = _passing(scores, tops, best - 2 * error)
+            real = found + block.start < len(nearest.left)
+            nearest.add(found[real] + block.start, columns[real] + tile.start)
+    nearest.settle()
+    return nearest
+
+
+def _top_rows(left: _Rows, rows: _Rows, k: int, counts: tuple[int, int], own: bool, memory_mb: float) -> Tensor:
+    """Indices (Q, k) of the k rows with the largest scores, in no order; `counts` are the true numbers of both."""
+    side = _side(memory_mb / 4, rows.right.device)
+    parts = []
+    for block in left.blocks(side, high=counts[0]):
+        queries = left.left(block)
+        best = queries.new_empty(len(queries), 0)
+        found = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+        for tile in rows.blocks(side, high=counts[1]):
+            scores = queries @ rows.right[tile].T  # (B, T)
+            if own:
+                _hide_own(scores, block.start - tile.start)
             top, index = scores.topk(min(k, scores.shape[1]), dim=1)
-        index = index + start
-        if best is None:
-            best, found = top, index
-        elif k == 1:
-            nearer = top > best
-            best, found = torch.where(nearer, top, best), torch.where(nearer, index, found)
-        else:
-            best, pick = torch.cat([best, top], 1).topk(min(k, best.shape[1] + top.shape[1]), dim=1)
-            found = torch.cat([found, index], 1).gather(1, pick)
-    return found
+            best, found = torch.cat([best, top], 1), torch.cat([found, index + tile.start], 1)
+            best, pick = best.topk(min(k, best.shape[1]), dim=1)
+            found = found.gather(1, pick)
+        parts.append(found)
+    return torch.cat(parts)
 
 
-def hide_own(scores: Tensor, offset: int) -> None:
-    """Set scores[i, i + offset] to -inf where that column exists: a row never finds itself."""
+def _in_order(asked: Tensor, base: Tensor, indices: Tensor, memory_mb: float) -> tuple[Tensor, Tensor]:
+    """True distances (Q, k) float32 of the rows found, and the rows, by distance and then by index."""
+    indices = indices.sort(1).values
+    queries = torch.arange(len(indices), device=indices.device).repeat_interleave(indices.shape[1])
+    distances = squared_distances(asked, base, (queries, indices.flatten()), memory_mb / 4).view(indices.shape)
+    distances, order = distances.sort(dim=1, stable=True)
+    return distances.float(), indices.gather(1, order)
+
+
+def _hide_own(scores: Tensor, offset: int) -> None:
+    """Push scores[i, i + offset] out of reach where that column exists: a row never finds itself."""
     low, high = max(0, -offset), min(scores.shape[0], scores.shape[1] - offset)
     if low < high:
         part = torch.arange(low, high, device=scores.device)
-        scores[part, part + offset] = -torch.inf
-
-
-def _distances_to(asked: Tensor, base: Tensor, indices: Tensor, memory_mb: float) -> Tensor:
-    """float64 squared distances (Q, k) of each query to the rows found for it."""
-    queries = torch.arange(len(indices), device=indices.device).repeat_interleave(indices.shape[1])
-    return squared_distances(asked, base, (queries, indices.flatten()), memory_mb / 4).view(indices.shape)
+        scores[part, part + offset] = -FAR
 
 
 def first_hit_ranks(features: Tensor | np.ndarray, labels: Tensor, limit: int, *, memory_mb: float = 512) -> Tensor:
@@ -152,108 +262,94 @@ def first_hit_ranks(features: Tensor | np.ndarray, labels: Tensor, limit: int, *
 
     features (N, D) floating point, labels (N,) integers on the same device. Returns ranks (N,) int64, `limit` where
     there are that many or more, or where no other row has the label. A lower index counts as nearer at equal
-    distance. This needs no list of neighbours: the nearest row of the same label sets a threshold, and a block of
-    scores is only asked whether anything in it passes.
-    Exact: float32 scores decide where their error bound allows it, the other pairs are compared in float64.
+    distance. Exact, as a search in float64 would have it. This needs no list of neighbours: the nearest row of the
+    same label sets a threshold, and each block of scores, computed once for both of its sides, is only asked what in
+    it passes. Memory as for `nearest_neighbors`.
     """
     matrix = as_matrix(features)
     order = torch.argsort(labels, stable=True)
-    search = _HitSearch(matrix, labels, order, memory_mb)
-    ranks = torch.empty_like(order)
-    ranks[order] = search.ranks(limit)
-    return ranks
+    with full_float32():
+        ranks = _HitSearch(matrix, labels[order], order, limit, memory_mb).ranks()
+    return torch.empty_like(order).scatter_(0, order, ranks)
 
 
 class _HitSearch:
-    """The rows in the order of their labels, so that a label's rows are neighbours; all (N,) here are in that order."""
+    """The rows sorted by label, so that a label's rows are neighbours; places are in that order, indices as given."""
 
-    def __init__(self, matrix: Tensor, labels: Tensor, order: Tensor, memory_mb: float) -> None:
-        self.matrix, self.order, self.memory_mb = matrix, order, memory_mb
-        self.labels = labels[order]
-        rows, self.scale = conditioned(matrix)
-        self.rows = with_norms(rows[order])  # (N, D + 1)
-        self.norms = self.rows[:, -1].double().mul(-2)  # |x|^2
-        # Rounding the inputs, D + 1 products in any order and the comparison: at most (D + 16) units of 2^-24 times
-        # (|q| + |x|)^2 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), doubled for good measure.
-        self.unit = (self.rows.shape[1] + 16) * 2.0**-23
-        self.tile = min(TILE, len(rows))
-        self.step = block_rows(self.tile, memory_mb, rows.device)
-        _, self.group, self.sizes = torch.unique_consecutive(self.labels, return_inverse=True, return_counts=True)
-        self.ends = self.sizes.cumsum(0)
+    def __init__(self, matrix: Tensor, labels: Tensor, order: Tensor, limit: int, memory_mb: float) -> None:
+        self.matrix, self.order, self.limit, self.memory_mb = matrix, order, limit, memory_mb
+        self.frame = frame_of(matrix)
+        self.rows = _Rows(matrix, self.frame, order)
+        pad = len(self.rows.right) - len(order)
+        self.labels = torch.nn.functional.pad(labels, (0, pad), value=int(labels[-1]) + 1)
+        _, group, sizes = torch.unique_consecutive(self.labels, return_inverse=True, return_counts=True)
+        self.ends = sizes.cumsum(0)[group].tolist()  # where the label of each place ends
+        self.starts = (sizes.cumsum(0) - sizes)[group].tolist()
 
-    def error(self, rows: Tensor | slice, tile: slice) -> Tensor:
-        """Bound (B, 1) on the error of the scores of these queries within a tile."""
-        return self.unit * (self.norms[rows].sqrt() + self.norms[tile].max().sqrt()).square().float()[:, None]
+    def ranks(self) -> Tensor:
+        """Ranks (N,) by place."""
+        nearest = self._nearest_of_own()
+        count = len(self.order)
+        self.best, self.found = nearest.distances[self.order], nearest.indices[self.order]
+        self.counts = torch.zeros(len(self.rows.right), dtype=torch.int64, device=self.order.device)
+        self.counts[:count][self.best == torch.inf] = self.limit
+        self.counts[count:] = self.limit
+        self.threshold = torch.zeros(len(self.counts), 1, device=self.order.device)  # as a score
+        self.threshold[:count, 0] = self.best.mul(-0.5 * self.frame[1] ** 2).float()
+        self.threshold[self.counts >= self.limit] = torch.inf
+        blocks = self.rows.blocks(_side(self.memory_mb, self.order.device))
+        for i, block in enumerate(blocks):
+            queries = self.rows.left(block)
+            for tile in blocks[i:]:
+                scores = queries @ self.rows.right[tile].T  # (B, T)
+                self._hide_same(scores, block, tile)
+                self._count(scores, _group_tops(scores), block, tile)
+                if tile != block:  # the same scores with the sides exchanged; a transposed block is slow to reduce
+                    self._count(scores.T, scores.unflatten(0, (-1, GROUP)).amax(1).T, tile, block)
+        return self.counts[:count].clamp_(max=self.limit)
 
-    def distances(self, queries: Tensor, columns: Tensor) -> Tensor:
-        """float64 squared distances (P,) of pairs."""
-        return squared_distances(
-            self.matrix, self.matrix, (self.order[queries], self.order[columns]), self.memory_mb / 4
-        )
+    def _nearest_of_own(self) -> _Nearest:
+        """The nearest other row of the same label, by index."""
+        nearest = _Nearest(self.matrix, self.matrix, self.memory_mb)
+        side = min(_side(self.memory_mb, self.order.device), 4 * GROUP)
+        for block in self.rows.blocks(side, high=len(self.order)):
+            queries, labels = self.rows.left(block), self.labels[block, None]
+            low, high = self.starts[block.start] // GROUP * GROUP, -(-self.ends[block.stop - 1] // GROUP) * GROUP
+            best = torch.full((len(queries), 1), -FAR / 2, device=queries.device)
+            for tile in self.rows.blocks(4 * side, low, high):
+                scores = queries @ self.rows.right[tile].T  # (B, T)
+                scores.masked_fill_(labels != self.labels[tile], -FAR)
+                _hide_own(scores, block.start - tile.start)
+                tops = _group_tops(scores)
+                best = torch.maximum(best, tops.amax(1, keepdim=True))
+                found, columns, _ = _passing(scores, tops, best - 2 * _error(self.rows, block, self.rows, tile))
+                nearest.add(self.order[found + block.start], self.order[columns + tile.start])
+        nearest.settle()
+        return nearest
 
-    def tiles(self, low: int, high: int) -> Iterator[slice]:
-        for start in range(low, high, self.tile):
-            yield slice(start, min(start + self.tile, high))
+    def _hide_same(self, scores: Tensor, block: slice, tile: slice) -> None:
+        """Push the scores of rows of the same label out of reach; only near the diagonal there are any."""
+        for start in range(block.start, block.stop, 2 * GROUP):
+            stop = min(start + 2 * GROUP, block.stop)
+            low, high = max(self.starts[start], tile.start), min(self.ends[stop - 1], tile.stop)
+            if low < high:
+                part = scores[start - block.start : stop - block.start, low - tile.start : high - tile.start]
+                part.masked_fill_(self.labels[start:stop, None] == self.labels[low:high], -FAR)
 
-    def nearest_of_own(self) -> tuple[Tensor, Tensor]:
-        """Squared distance (N,) float64 to the nearest other row of the same label, and that row's original index."""
-        count = len(self.rows)
-        best = torch.full((count,), torch.inf, dtype=torch.float64, device=self.rows.device)
-        found = torch.full_like(self.order, count)
-        for start in range(0, count, self.step):
-            block = slice(start, min(start + self.step, count))
-            first, last = self.group[block.start], self.group[block.stop - 1]
-            low, high = int(self.ends[first] - self.sizes[first]), int(self.ends[last])
-            top = self.rows.new_full((block.stop - start, 1), -torch.inf)
-            for tile in self.tiles(low, high):
-                scores = with_ones(self.rows[block, :-1]) @ self.rows[tile].T  # (B, T)
-                scores.masked_fill_(self.labels[block, None] != self.labels[tile], -torch.inf)
-                hide_own(scores, start - tile.start)
-                top = torch.maximum(top, scores.amax(1, keepdim=True))
-                close = (scores >= top - 2 * self.error(block, tile)) & (scores > -torch.inf)
-                self._keep_nearest(
-                    best, found, *(close.nonzero() + close.new_tensor([start, tile.start], dtype=torch.int64)).T
-                )
-        return best, found
-
-    def _keep_nearest(self, best: Tensor, found: Tensor, queries: Tensor, columns: Tensor) -> None:
-        """Fold pairs into the nearest row per query; at equal distance the lowest original index wins."""
-        distance = self.distances(queries, columns)
-        before = best[queries]
-        best.scatter_reduce_(0, queries, distance, "amin")
-        found[queries[best[queries] < before]] = len(best)
-        equal = distance == best[queries]
-        found.scatter_reduce_(0, queries[equal], self.order[columns[equal]], "amin")
-
-    def ranks(self, limit: int) -> Tensor:
-        """Ranks (N,), see `first_hit_ranks`."""
-        best, found = self.nearest_of_own()
-        threshold = (self.norms - best * self.scale**2).mul(0.5).float()[:, None]  # (N, 1) as a score
-        counts = torch.where(best < torch.inf, 0, limit)
-        alive = (counts < limit).nonzero().flatten()
-        for tile in self.tiles(0, len(self.rows)):
-            for rows in alive.split(self.step):
-                self._count(counts, rows, tile, threshold, best, found)
-            alive = alive[counts[alive] < limit]
-        return counts.clamp_(max=limit)
-
-    def _count(self, counts: Tensor, rows: Tensor, tile: slice, threshold: Tensor, best: Tensor, found: Tensor) -> None:
-        """Add to the counts of the queries `rows` what is nearer than their threshold within a tile."""
-        scores = with_ones(self.rows[rows, :-1]) @ self.rows[tile].T  # (B, T)
-        labels = self.labels[tile]
-        mine = self.labels[rows]
-        if bool((mine[0] <= labels[-1]) & (labels[0] <= mine[-1])):
-            scores.masked_fill_(mine[:, None] == labels, -torch.inf)
-        error = self.error(rows, tile)
-        passing = (scores.amax(1, keepdim=True) >= threshold[rows] - error).flatten().nonzero().flatten()
-        if len(passing) == 0:
+    def _count(self, scores: Tensor, tops: Tensor, block: slice, tile: slice) -> None:
+        """Add to the counts of the queries of a block the rows of a tile that are nearer than their threshold."""
+        error = _error(self.rows, block, self.rows, tile)
+        threshold = self.threshold[block]
+        found, columns, values = _passing(scores, tops, threshold - error)
+        if len(found) == 0:
             return
-        scores, rows, error = scores[passing], rows[passing], error[passing]
-        nearer = scores > threshold[rows] + error
-        unsure = (scores >= threshold[rows] - error) & ~nearer
-        counts[rows] += nearer.sum(1)
-        picked, columns = unsure.nonzero().T
-        queries, columns = rows[picked], columns + tile.start
-        distance = self.distances(queries, columns)
-        first = (distance < best[queries]) | ((distance == best[queries]) & (self.order[columns] < found[queries]))
-        counts.scatter_add_(0, queries, first.long())
+        counts = self.counts[block]
+        nearer = values > (threshold + error)[found, 0]
+        queries, columns = found[~nearer] + block.start, self.order[columns[~nearer] + tile.start]
+        pairs = (self.order[queries], columns)
+        distances = squared_distances(self.matrix, self.matrix, pairs, self.memory_mb / 4)
+        best = self.best[queries]
+        first = (distances < best) | ((distances == best) & (columns < self.found[queries]))
+        counts += torch.bincount(found[nearer], minlength=len(counts))
+        counts += torch.bincount(queries[first] - block.start, minlength=len(counts))
+        threshold[counts >= self.limit] = torch.inf  # nothing more to find out about these
