@@ -130,17 +130,15 @@ SETTINGS = [(0.1, 1.0, 1), (0.1, 1.0, 3), (0.07, 0.5, 1), (1.0, 0.0, 2), (0.5, 2
 
 
 @pytest.mark.parametrize("t, alpha, neg_m", SETTINGS)
-@pytest.mark.parametrize("images, clusters, dim", [(1, 1, 3), (2, 2, 4), (6, 3, 8), (8, 8, 16), (16, 11, 128)])
+@pytest.mark.parametrize("images, clusters, dim", [(3, 2, 3), (2, 2, 4), (6, 3, 8), (8, 8, 16), (16, 11, 128)])
 def test_metric_loss_is_the_formula(images, clusters, dim, t, alpha, neg_m):
-    if clusters == 1:
-        images, clusters = 3, 2  # one cluster has no formula; a lopsided pair instead
     x = unit(2 * images, dim, seed=1).requires_grad_()
     centers, labels = unit(clusters, dim, seed=2), two_view_labels(images, clusters)
     loss = center_softmax_loss(x, centers, labels, t, alpha, neg_m)
     expected = literal_metric(x, centers, labels, t, alpha, neg_m)
     torch.testing.assert_close(loss, expected, **DOUBLE)
     gradients = [torch.autograd.grad(value, x)[0] for value in (loss, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-8)  # the literal log(1 - q) cancels
     single = center_softmax_loss(x.detach().float(), centers.float(), labels, t, alpha, neg_m)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), expected.detach(), **SINGLE)
@@ -209,7 +207,7 @@ def test_extreme_values(name, neg_m, temperature):
     expected = exact_metric(x, centers, labels, temperature, 1.0, neg_m)
     assert math.isfinite(expected)
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
-        rows = x.to(dtype).requires_grad_()
+        rows = x.to(dtype, copy=True).requires_grad_()
         loss = center_softmax_loss(rows, centers.to(dtype), labels, temperature, 1.0, neg_m)
         loss.backward()
         # a dot product of unit vectors is uncertain by a few units in the last place, divided by the temperature
@@ -309,11 +307,11 @@ def small_model(n_cluster: int = 5) -> nn.Module:
     return model
 
 
-def small_batch(images: int = 6) -> Tensor:
-    return torch.randn(2 * images, 3, 24, 24, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+def small_batch(images: int = 4) -> Tensor:
+    return torch.randn(2 * images, 3, 16, 16, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
-GIVEN = torch.tensor([4, 0, 4, 9, 0, 4])
+GIVEN = torch.tensor([4, 0, 9, 4])
 
 
 @pytest.mark.parametrize(
@@ -379,20 +377,20 @@ def test_labels_per_image_and_per_row_are_the_same():
 
 def test_one_cluster_only_trains_on():
     model = small_model()
-    losses = cbswr_losses(model, small_batch(), torch.zeros(6, dtype=torch.long))
+    losses = cbswr_losses(model, small_batch(), torch.zeros(4, dtype=torch.long))
     total_loss(losses).backward()
     assert all(losses[name].isfinite() for name in ("metric", "rim", "reconstruction"))
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_the_metric_loss_does_not_reach_the_backbone_through_the_centres():
-    """With t so large that the pull of the views is all but flat, only the embeddings' own gradient is left."""
+def test_what_each_loss_trains():
+    """The reconstruction trains backbone and decoder but not the embedding head; the metric loss not the decoder."""
     model, inputs = small_model(), small_batch()
     seen = []
     loss = cbswr_losses(model, inputs, GIVEN)
     model.feat_ext[0].weight.register_hook(seen.append)
     loss["reconstruction"].backward(retain_graph=True)
-    assert not seen  # the reconstruction trains backbone and decoder, never the embedding head
+    assert not seen
     assert model.base_model.conv1.weight.grad.abs().max() > 0
     model.zero_grad()
     loss["metric"].backward()
@@ -417,9 +415,9 @@ def test_a_step_refuses_odd_rows(rows):
         cbswr_losses(small_model(), torch.zeros(rows, 3, 24, 24))
 
 
-@pytest.mark.parametrize("shape", [(5,), (6, 1), (24,)])
+@pytest.mark.parametrize("shape", [(3,), (4, 1), (16,)])
 def test_a_step_refuses_labels_that_do_not_fit(shape):
-    with pytest.raises(ValueError, match=r"pseudo_labels must be \(6,\)"):
+    with pytest.raises(ValueError, match=r"pseudo_labels must be \(4,\)"):
         cbswr_losses(small_model(), small_batch(), torch.zeros(shape, dtype=torch.long))
 
 
