@@ -22,6 +22,7 @@ REMOVED = {
     "--batch_m": "had no effect in the released code; leave it out (--neg_m weights the sums over other clusters)",
 }
 CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "device", "workers", "log_dir", "data_dir"}  # on --resume
+KMEANS_ITERATIONS = 50  # of the pseudo-labels
 log = logging.getLogger("train")
 
 
@@ -49,6 +50,9 @@ def make_parser() -> Parser:
     g.add_argument("--pseudo_labels", type=name_of(("rim", "kmeans")), default="rim",
                    help="rim: argmax of the cluster head, as in the paper; kmeans: k-means over all training features "
                    "at the start of each epoch")  # fmt: skip
+    g.add_argument("--kmeans_engine", type=name_of(("auto", "faiss", "torch")), default="auto",
+                   help="of --pseudo_labels kmeans; auto: faiss where it is installed, else the project's "
+                   "own")  # fmt: skip
     g.add_argument("--t", type=real(0, above=True), default=0.1, help="temperature of the centre-based softmax")
     g.add_argument(
         "--alpha", type=real(0), default=1.0, help="weight of the push from other centres in the metric loss"
@@ -104,6 +108,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         wanted.checkpoint_dir, wanted.model_name, args = str(run.parent), run.name, wanted
     elif args.config:
         args = parser.parse(argv, parser.read_json(args.config), args.config)
+        if args.resume:
+            parser.error(f"{args.config}: resume belongs on the command line")
     if args.model_name is None:
         args.model_name = f"CBSwR_{ {'cub200': 'CUB200', 'car196': 'Car196'}.get(args.dataset, args.dataset) }"
     return args
@@ -125,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     check_sizes(args, len(training))
     run = Path(args.checkpoint_dir) / args.model_name
     saved = load_run(run, device) if args.resume else None
-    if not saved:
-        refuse_to_overwrite(run, args.overwrite)
+    held = [] if saved else files_to_overwrite(run, args.overwrite)
 
     torch.manual_seed(args.seed)
     weights = "none" if saved else args.weights
@@ -135,12 +140,13 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
 
     run.mkdir(parents=True, exist_ok=True)
+    for path in held:  # not before the new run is sure to start
+        path.unlink()
     start_log(args, run)
     rows, state = begin_or_continue(saved, model, optimizer)
     config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
     runs.save_config(run, config)
-    if not saved:
-        runs.save_metrics(run, rows)
+    runs.save_metrics(run, rows)
     log.info("%s: %d training images, %d test images of %d classes, %d px; %s on %s in %s; run folder %s",
              args.dataset, len(training), len(validation), len(set(validation.labels.tolist())), training.image_size,
              args.backbone, device, args.precision, run)  # fmt: skip
@@ -153,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             runs.link_checkpoint(run / runs.LAST, run / runs.BEST)
         runs.save_metrics(run, rows)
 
-    if args.n_epoch == 0:
+    if args.n_epoch == 0 and not saved:
         rows.append({"epoch": 0, **evaluate(model, validation, args), "best": True})
         print_epoch(rows[-1])
         save(0)
@@ -191,16 +197,15 @@ def check_sizes(args: argparse.Namespace, count: int) -> None:
         raise UserError(f"--n_cluster {args.n_cluster}: more clusters than the {count} training images")
 
 
-def refuse_to_overwrite(run: Path, overwrite: bool) -> None:
-    """UserError if `run` holds a run already; with --overwrite its files are removed instead."""
+def files_to_overwrite(run: Path, overwrite: bool) -> list[Path]:
+    """The files of a run that lies in the folder `run` already. UserError if it has checkpoints, unless `overwrite`."""
     from utils import runs
 
     held = [run / name for name in (runs.LAST, runs.BEST, runs.METRICS, runs.CONFIG) if (run / name).exists()]
-    if (run / runs.LAST).exists() and not overwrite:
+    if {run / runs.LAST, run / runs.BEST} & set(held) and not overwrite:
         raise UserError(f"{run}: holds a run already; continue it with --resume {run}, choose another --model_name, "
                         f"or start afresh with --overwrite")  # fmt: skip
-    for path in held:
-        path.unlink()
+    return held
 
 
 def load_run(run: Path, device) -> dict:
@@ -259,9 +264,18 @@ def pseudo_label_images(model, training, args: argparse.Namespace, epoch: int, s
     positives = search.nearest_neighbors(pooled, 1)[1][:, 0].cpu().numpy() if mine else None
     if args.pseudo_labels == "rim":
         return positives, None, {}
-    labels = clustering.kmeans(pooled, args.n_cluster, seed=args.seed + epoch)[0].cpu()
+    engine = args.kmeans_engine
+    if engine == "auto":
+        engine = "faiss" if clustering.has_faiss() else "torch"
+    try:
+        labels, _, _ = clustering.kmeans(
+            pooled, args.n_cluster, max_iter=KMEANS_ITERATIONS, seed=args.seed + epoch, engine=engine
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"epoch {epoch}: cannot cluster the training images: {error}") from None
+    labels = labels.cpu()
     sizes = torch.bincount(labels, minlength=args.n_cluster)
-    logged = {"cluster_sizes": sizes.tolist()}
+    logged = {"cluster_sizes": sizes.tolist(), "kmeans_engine": engine}
     if state["pseudo_labels"] is not None:
         logged["nmi_to_previous_clusters"] = metrics.nmi(labels, state["pseudo_labels"].cpu())
     state["pseudo_labels"] = labels
@@ -291,6 +305,10 @@ def train_epoch(model, optimizer, loader, pseudo_labels, args: argparse.Namespac
         losses["loss"].backward()
         optimizer.step()
         sums += torch.stack([losses[name].detach().double() for name in names])
+    if not sums[0].isfinite():
+        raise UserError(
+            f"epoch {epoch}: the loss is no longer finite; start again with a lower --lr (it was {args.lr:g})"
+        )
     means = (sums / max(len(loader), 1)).tolist()
     return {name if name == "loss" else f"{name}_loss": mean for name, mean in zip(names, means, strict=True)}
 
@@ -333,7 +351,7 @@ def print_epoch(row: dict) -> None:
         )
     if "cluster_sizes" in row:
         sizes = row["cluster_sizes"]
-        parts.append(f"clusters {min(sizes)} to {max(sizes)} images")
+        parts.append(f"{len(sizes)} clusters of {min(sizes)} to {max(sizes)} images ({row['kmeans_engine']})")
     if "nmi_to_previous_clusters" in row:
         parts.append(f"NMI to the last clusters {100 * row['nmi_to_previous_clusters']:.1f}")
     if "recall@1" in row:

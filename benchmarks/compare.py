@@ -1,4 +1,4 @@
-"""Print the scores of two `test.py --json` files beside each other; exit status 1 if the second is not above in both."""
+"""Print the scores of two `test.py --json` files beside each other; exit status 1 unless the second is above."""
 
 from __future__ import annotations
 

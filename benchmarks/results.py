@@ -1,7 +1,8 @@
-"""Train and score the rows of the README's results table; what is finished is kept, what was stopped is resumed.
+"""Train and score the rows of a results table; what is finished is kept, what was stopped is resumed.
 
-For each data set: the frozen backbone, the untrained embedding, CBSwR with the cluster head's pseudo-labels (rim, the
-paper's way) and with k-means'. Every run's settings and metrics go to misc/results/, the table to misc/results/README.md.
+For a data set: the frozen backbone, the untrained embedding, CBSwR with the cluster head's pseudo-labels (rim, the
+paper's way) and with those of k-means. Every run's settings and metrics go to misc/results/, as does the table,
+<dataset>.md.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ TITLES = {
 def main() -> None:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--datasets", nargs="+", default=["cub200", "car196"])
+    parser.add_argument("--dataset", default="cub200")
+    parser.add_argument("--image_size", type=int, default=256, help="pre-processed size to take")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--backbone", default="googlenet")
     parser.add_argument("--weights", default="auto")
@@ -37,26 +39,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "misc" / "results")
     parser.add_argument("--note", default="", help="a sentence for the head of the table (what the data sets are)")
     args = parser.parse_args()
-    for dataset in args.datasets:
-        for method in args.methods:
-            make_row(args, dataset, method)
+    for method in args.methods:
+        make_row(args, method)
     write_table(args)
 
 
-def name_of_run(args: argparse.Namespace, dataset: str, method: str) -> str:
-    """The run's folder; another seed, backbone or length is another run."""
-    return f"{dataset}_{method}_{args.backbone}_{args.n_epoch}epochs_seed{args.seed}"
+def name_of_run(args: argparse.Namespace, method: str) -> str:
+    """The run's folder; another seed, backbone, size or length is another run."""
+    return f"{args.dataset}_{args.image_size}px_{method}_{args.backbone}_{args.n_epoch}epochs_seed{args.seed}"
 
 
-def make_row(args: argparse.Namespace, dataset: str, method: str) -> None:
+def make_row(args: argparse.Namespace, method: str) -> None:
     """Train (or only score) one row, unless its files are there, and copy them to `args.out`."""
-    name = name_of_run(args, dataset, method)
+    name = name_of_run(args, method)
     network = ["--backbone", args.backbone, "--weights", args.weights]
-    common = ["--dataset", dataset, "--precision", args.precision]
+    common = ["--dataset", args.dataset, "--image_size", str(args.image_size), "--precision", args.precision]
     args.out.mkdir(parents=True, exist_ok=True)
     if method == "frozen":
         if not (args.out / f"{name}.json").exists():
             call("test.py", *common, *network, "--json", str(args.out / f"{name}.json"))
+            keep_file_name_only(args.out / f"{name}.json")
         return
     run = Path(args.checkpoint_dir) / name
     if (args.out / f"{name}.jsonl").exists():
@@ -67,7 +69,15 @@ def make_row(args: argparse.Namespace, dataset: str, method: str) -> None:
         where = ["--checkpoint_dir", args.checkpoint_dir, "--model_name", name, "--seed", str(args.seed)]
         call("train.py", *common, *network, *where, "--n_epoch", str(args.n_epoch), *METHODS[method])
     shutil.copyfile(run / "config.json", args.out / f"{name}.config.json")
+    keep_file_name_only(args.out / f"{name}.config.json")
     shutil.copyfile(run / "metrics.jsonl", args.out / f"{name}.jsonl")
+
+
+def keep_file_name_only(path: Path) -> None:
+    """Of the weights' file, keep the name: where it lay is nobody's business."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["weights"] = Path(content["weights"]).name
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def call(script: str, *arguments: str) -> None:
@@ -82,30 +92,30 @@ def write_table(args: argparse.Namespace) -> None:
         "Made by `python benchmarks/results.py`; a run's settings and metrics of every epoch lie beside this file.",
         args.note,
         "",
-        f"{args.backbone}, {args.n_epoch} epochs, seed {args.seed}, {args.precision}. R@K and NMI in percent.",
+        f"{args.backbone}, {args.n_epoch} epochs, seed {args.seed}, {args.precision}, images of {args.image_size} px of "
+        f"which the network sees {args.image_size * 7 // 8}. R@K and NMI in percent.",
         "",
-        "| data set | method | R@1 | R@2 | R@4 | R@8 | NMI | R@1 / NMI of the best epoch (chosen on test) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | R@1 | R@2 | R@4 | R@8 | NMI | R@1 / NMI of the best epoch (chosen on test) |",
+        "|---|---|---|---|---|---|---|",
     ]
     protocols = set()
-    for dataset in args.datasets:
-        for method in args.methods:
-            rows = read_rows(args, dataset, method)
-            last, best = rows[-1], max(rows, key=lambda row: row["recall@1"])
-            protocols.add(last["nmi_protocol"])
-            scores = " | ".join(f"{100 * last[key]:.1f}" for key in ("recall@1", "recall@2", "recall@4", "recall@8", "nmi"))
-            chosen = f"{100 * best['recall@1']:.1f} / {100 * best['nmi']:.1f} (epoch {best['epoch']})"
-            lines.append(f"| {dataset} | {TITLES[method]} | {scores} | {chosen if len(rows) > 1 else ''} |")
+    for method in args.methods:
+        rows = read_rows(args, method)
+        last, best = rows[-1], max(rows, key=lambda row: row["recall@1"])
+        protocols.add(last["nmi_protocol"])
+        scores = " | ".join(f"{100 * last[key]:.1f}" for key in ("recall@1", "recall@2", "recall@4", "recall@8", "nmi"))
+        chosen = f"{100 * best['recall@1']:.1f} / {100 * best['nmi']:.1f} (epoch {best['epoch']})"
+        lines.append(f"| {TITLES[method]} | {scores} | {chosen if len(rows) > 1 else ''} |")
     lines += ["", "NMI by " + "; ".join(sorted(protocols)) + ".", ""]
-    (args.out / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    (args.out / f"{args.dataset}.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def read_rows(args: argparse.Namespace, dataset: str, method: str) -> list[dict]:
+def read_rows(args: argparse.Namespace, method: str) -> list[dict]:
     """The scored epochs of a row."""
-    stem = args.out / name_of_run(args, dataset, method)
+    stem = args.out / name_of_run(args, method)
     if method == "frozen":
-        return [json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))]
-    lines = Path(f"{stem}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))]
+    lines = stem.with_name(f"{stem.name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if "recall@1" in row]
 
 

@@ -95,6 +95,31 @@ class TwoViewLoader:
         yield from _ahead(self._batch, range(self.first_batch, len(self.plan)), self.workers)
 
 
+class ResidentLoader:
+    """As `TwoViewLoader`, from images that lie on the device: every batch is one gather there, nothing is copied."""
+
+    def __init__(self, images: Tensor, plan: EpochPlan, first_batch: int = 0) -> None:
+        """images: uint8 (N, S, S, 3) on the device."""
+        self.images, self.plan, self.first_batch = images, plan, first_batch
+
+    def __len__(self) -> int:
+        return len(self.plan) - self.first_batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(self.first_batch, len(self.plan)):
+            yield gather_views(self.images, self.plan.views(number)), torch.from_numpy(self.plan.images(number))
+
+
+def gather_views(images: Tensor, views: Views) -> Tensor:
+    """`cut_views` on a device: images uint8 (N, S, S, 3) -> uint8 (B, crop, crop, 3)."""
+    crop = crop_size(images.shape[1])
+    offsets = np.arange(crop)
+    rows = views.top[:, None] + offsets  # (B, crop)
+    columns = views.left[:, None] + np.where(views.flip[:, None], offsets[::-1], offsets)  # (B, crop)
+    where = (views.index[:, None, None], rows[:, :, None], columns[:, None, :])
+    return images[tuple(torch.from_numpy(part).to(images.device, non_blocking=True) for part in where)]
+
+
 def center_crops(images: np.ndarray, batch_size: int, workers: int = 1) -> Iterator[Tensor]:
     """Iterate the centre crops of all images in order: uint8 (<= batch_size, crop, crop, 3)."""
     crop = crop_size(images.shape[1])

@@ -48,7 +48,7 @@ def cbswr_losses(
     return {
         "metric": center_softmax_loss(embedding, centers, labels, temperature, alpha, neg_m),
         "rim": rim_loss(cluster_logits, mu),
-        "reconstruction": reconstruction_loss(decoded[cluster], model.reconstruction_target(inputs, recon_target)),
+        "reconstruction": reconstruction_loss(decoded.index_select(0, cluster), model.reconstruction_target(inputs, recon_target)),
         "pseudo_labels": labels[:images],
     }
 

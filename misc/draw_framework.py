@@ -94,7 +94,9 @@ def main() -> None:
     """Draw and save."""
     figure, axes = plt.subplots(figsize=(14, 5.4))
     draw(axes)
-    figure.savefig(Path(__file__).with_name("best_model.png"), dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(
+        Path(__file__).with_name("best_model.png"), dpi=110, bbox_inches="tight", metadata={"Software": None}
+    )
 
 
 if __name__ == "__main__":

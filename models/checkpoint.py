@@ -26,7 +26,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint: expected a dictionary, found {type(content).__name__}")
     state = content.get("model", content)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named or not state:
         raise UserError(f"{path}: not a checkpoint: it holds no state_dict under 'model'")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     config = content.get("config") if isinstance(content.get("config"), dict) else {}

@@ -2,50 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
 LRN_KINDS = ("released", "caffe")
+CHUNK = 1 << 18  # values of a chunk on the CPU: the passes over one stay in the cache
 
 
-def _window_sum(x: Tensor, below: int, above: int) -> Tensor:
-    """Sum over the channels c - below ... c + above, zeros outside: Tensor (B, C, H, W) to the same shape."""
-    total = x.clone(memory_format=torch.preserve_format)
-    for shift in range(1, below + 1):
-        total[:, shift:] += x[:, :-shift]
-    for shift in range(1, above + 1):
-        total[:, :-shift] += x[:, shift:]
-    return total
+@lru_cache(maxsize=16)
+def _bands(
+    channels: int, kind: str, size: int, alpha: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Matrices (C, C) whose product with rows (P, C) is the window sum times alpha / size: of squares, of gradients.
+
+    `band[j, c]` tells whether channel j counts for channel c. As matrix products the sums cost next to nothing.
+    """
+    half = size // 2
+    offset = torch.arange(channels)[:, None] - torch.arange(channels)  # j - c
+    forward = offset.abs() <= half
+    backward = forward
+    if kind == "released":
+        forward = forward.clone()
+        forward[0, half + 1 :] = True
+        backward = (offset >= -half - 1) & (offset <= half - 1)
+    return tuple((band.to(torch.float64) * (alpha / size)).to(device, dtype) for band in (forward, backward))
+
+
+def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Matching chunks (P, C) of channels-last tensors (B, C, H, W); views, so that writing to them writes through."""
+    flat = [t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in tensors]
+    step = max(1, CHUNK // flat[0].shape[1]) if tensors[0].device.type == "cpu" else len(flat[0])
+    for start in range(0, len(flat[0]), step):
+        yield tuple(rows[start : start + step] for rows in flat)
+
+
+def _factors(x: Tensor, band: Tensor, beta: float, k: float) -> tuple[Tensor, Tensor]:
+    """s = k + the scaled window sum of squares, and s^-beta, both (P, C)."""
+    s = (x * x) @ band + k
+    if beta != 0.75:
+        return s, s.pow(-beta)
+    root = s.rsqrt()  # s^-3/4 by roots: several times faster than a power
+    return s, root * root.sqrt()
 
 
 class _LocalResponseNorm(torch.autograd.Function):
-    """y = x * s^-beta with s = k + alpha / size * (window sum of x^2); only x is kept for the gradient."""
+    """y = x * s^-beta; only x is kept for the gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, size: int, alpha: float, beta: float, k: float, released: bool) -> Tensor:
+    def forward(ctx, x: Tensor, kind: str, size: int, alpha: float, beta: float, k: float) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x)
-        ctx.constants = (size, alpha, beta, k, released)
-        return x * _scale(x, size, alpha, k, released).pow_(-beta)
+        ctx.constants = (kind, size, alpha, beta, k)
+        band, _ = _bands(x.shape[1], kind, size, alpha, x.dtype, x.device)
+        y = torch.empty_like(x)
+        for x_rows, y_rows in _rows(x, y):
+            torch.mul(x_rows, _factors(x_rows, band, beta, k)[1], out=y_rows)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         # dy_j/dx_i = [i = j] s_j^-beta - 2 beta alpha / size * x_i x_j s_j^(-beta - 1) for the j whose window holds i
         (x,) = ctx.saved_tensors
-        size, alpha, beta, k, released = ctx.constants
-        half, off = size // 2, int(released)
-        scale = _scale(x, size, alpha, k, released)
-        direct = grad * scale.pow(-beta)
-        shared = _window_sum(direct * x / scale, half + off, half - off)
-        return direct - shared.mul_(x).mul_(2 * beta * alpha / size), None, None, None, None, None
-
-
-def _scale(x: Tensor, size: int, alpha: float, k: float, released: bool) -> Tensor:
-    square = x * x
-    total = _window_sum(square, size // 2, size // 2)
-    if released:
-        first_left = size // 2 + 1
-        total[:, first_left:] += square[:, :1]
-    return total.mul_(alpha / size).add_(k)
+        kind, size, alpha, beta, k = ctx.constants
+        band, grad_band = _bands(x.shape[1], kind, size, alpha, x.dtype, x.device)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        out = torch.empty_like(x)
+        for x_rows, grad_rows, out_rows in _rows(x, grad, out):
+            s, factor = _factors(x_rows, band, beta, k)
+            direct = grad_rows * factor
+            shared = (direct * x_rows).div_(s) @ grad_band
+            torch.sub(direct, shared.mul_(x_rows), alpha=2 * beta, out=out_rows)
+        return out, None, None, None, None, None
 
 
 class LocalResponseNorm(nn.Module):
@@ -69,7 +99,7 @@ class LocalResponseNorm(nn.Module):
         self.kind, self.size, self.alpha, self.beta, self.k = kind, size, alpha, beta, k
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LocalResponseNorm.apply(x, self.size, self.alpha, self.beta, self.k, self.kind == "released")
+        return _LocalResponseNorm.apply(x, self.kind, self.size, self.alpha, self.beta, self.k)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"

@@ -150,39 +150,54 @@ def test_feature_map_of_224_pixels(name):
     """On torch's meta device: shapes without the computation."""
     with torch.device("meta"):
         model = build_model(name, 6, 5)
-        embedding, cluster_logits, feature_map = model(torch.empty(2, 3, 224, 224))
+        feature_map = model.base_model(torch.empty(2, 3, 224, 224))
         reconstruction = model.decoder(feature_map[:1], (224, 224))
     side = 28 if name == "resnet_small" else 7
     assert feature_map.shape == (2, CHANNELS[name], side, side)
     assert model.channels == CHANNELS[name]
-    assert embedding.shape == (2, 5) and cluster_logits.shape == (2, 6)
     assert reconstruction.shape == (1, 3, 224, 224)
     assert model.backbone_name == name and (model.n_cluster, model.low_dim) == (6, 5)
 
 
-@pytest.mark.parametrize(
-    "name", ["googlenet", "googlenet_caffe", "googlenet_bn", "resnet18", "resnet50", "resnet_small"]
-)
-def test_forward_has_unit_vectors_in_float32_under_autocast_too(name):
-    torch.manual_seed(1)
-    model = build_model(name, 6, 5)
-    images = torch.randint(0, 256, (2, 64, 64, 3), generator=GENERATOR, dtype=torch.uint8)
-    inputs = model.normalization(images)
-    embedding, cluster_logits, feature_map = model.train()(inputs)
-    assert all(p.requires_grad for p in model.parameters())
-    assert feature_map.requires_grad
-    model.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        half = model(inputs)
-        pooled, half_embedding = model.features(inputs)
-    assert half[2].dtype == torch.bfloat16
-    assert torch.equal(half_embedding, half[0])
-    for rows in (embedding, cluster_logits, half[0], half[1], pooled):
+def assert_unit_rows(*tensors: torch.Tensor) -> None:
+    for rows in tensors:
         assert rows.dtype == torch.float32
-        torch.testing.assert_close(rows.norm(dim=1), torch.ones(2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_forward(name):
+    torch.manual_seed(1)
+    model = build_model(name, 6, 5).train()
+    images = torch.randint(0, 256, (3, 64, 64, 3), generator=GENERATOR, dtype=torch.uint8)
+    inputs = model.normalization(images)
+    embedding, cluster_logits, feature_map = model(inputs)
+    assert embedding.shape == (3, 5) and cluster_logits.shape == (3, 6)
+    assert_unit_rows(embedding, cluster_logits)
+    assert all(p.requires_grad for p in model.parameters()) and feature_map.requires_grad
+    model.eval()
+    with torch.no_grad():
+        pooled, same = model.features(inputs)
+        assert torch.equal(same, model(inputs)[0])
+    assert pooled.shape == (3, CHANNELS[name])
+    assert_unit_rows(pooled, same)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "googlenet_caffe", "resnet_small"])
+def test_autocast_gives_float32_vectors_of_unit_length(name):
+    torch.manual_seed(1)
+    model = build_model(name, 6, 5).eval()
+    inputs = model.normalization(torch.randint(0, 256, (2, 32, 32, 3), generator=GENERATOR, dtype=torch.uint8))
     with torch.no_grad():
         full = model(inputs)
-    assert (full[0] * half[0]).sum(1).min() > 0.98  # bfloat16 changes the embedding a little only
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(inputs)
+            pooled, embedding = model.features(inputs)
+    assert half[2].dtype == torch.bfloat16
+    assert_unit_rows(half[0], half[1], pooled, embedding)
+    for actual, expected in zip(half[:2], full[:2], strict=True):
+        assert (actual * expected).sum(1).min() > 0.98  # bfloat16 turns the vectors a little only
+        assert not torch.equal(actual, expected)
 
 
 def test_names_of_the_parts():

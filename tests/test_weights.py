@@ -71,11 +71,6 @@ def test_both_hickle_layouts(name):
         assert len(value.unique()) > 1
 
 
-def test_the_two_samples_hold_the_same_values():
-    old, new = (read_hdf5_arrays(GOLDEN / f"hickle_{version}_sample.h5") for version in ("3_4_9", "5_0_3"))
-    assert all(torch.equal(old[name], new[name]) for name in old)
-
-
 @pytest.mark.parametrize("backbone", ["googlenet", "googlenet_caffe"])
 def test_a_full_hickle_file_fills_the_backbone(tmp_path, caffe_arrays, backbone):
     path = tmp_path / "googlenet.h5"
@@ -211,7 +206,7 @@ def test_a_malicious_torch_file_is_refused(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1), "bomb": Malicious(trace)}, path)
     refused(path, "which could run code")
     assert not trace.exists()
-    path.write_bytes(pickle.dumps({"bomb": Malicious(trace)}))
+    path.write_bytes(pickle.dumps({"bomb": Malicious(trace)}, protocol=2))
     refused(path)
     assert not trace.exists()
     pickle.loads(path.read_bytes())  # the test would prove nothing if the object were harmless

@@ -78,6 +78,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, removed: dict[str, str] | None = None, **kwargs) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
         self.removed = removed or {}
+        self._source = ""  # the file whose options are being read; errors name it
 
     def parse(self, argv: list[str], base: dict | None = None, source: str = "") -> argparse.Namespace:
         """Parse `argv`; `base` (option -> value, from the file `source`) stands below it and above the defaults.
@@ -85,7 +86,9 @@ class Parser(argparse.ArgumentParser):
         Exits with status 2 and one line for any mistake in either. The namespace's `given` names the options of `argv`.
         """
         self._check_names(argv)
+        self._source = source
         self.parse_args(self._as_argv(base or {}, source))  # faults of the file are reported as such
+        self._source = ""
         args = self.parse_args(self._as_argv(base or {}, source) + argv)
         args.given = self._given(argv)
         return args
@@ -104,7 +107,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """One line and exit status 2; argparse's usage text would bury it."""
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        source = f"{self._source}: " if self._source and self._source not in message else ""
+        self.exit(2, f"{self.prog}: error: {source}{message} (see {self.prog} --help)\n")
 
     def _options(self) -> dict[str, argparse.Action]:
         return {s: action for action in self._actions for s in action.option_strings if s.startswith("--")}
@@ -125,9 +129,10 @@ class Parser(argparse.ArgumentParser):
 
     def _as_argv(self, values: dict, source: str) -> list[str]:
         known = {action.dest: (s, action) for s, action in self._options().items()}
+        known = {dest: option for dest, option in known.items() if dest not in {"help", "config"}}
         argv = []
         for key, value in values.items():
-            if key not in known or key in {"help", "config"}:
+            if key not in known:
                 close = difflib.get_close_matches(key, known, 1)
                 self.error(f"{source}: unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
             option, action = known[key]

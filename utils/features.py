@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 
 def network_autocast(device: torch.device | str, precision: str) -> torch.autocast:
     """The autocast context of `--precision`: bf16 for the network, nothing for fp32."""
@@ -19,6 +21,7 @@ def extract_features(model: Any, batches: Iterable[Tensor], precision: str = "fp
     """Pooled features (N, C) and embeddings (N, D) of all images, of unit length, float32 on the CPU.
 
     batches: uint8 RGB tensors (b, H, W, 3). The model's training mode is restored afterwards.
+    Raises UserError when a feature is not finite, as in a network whose training diverged.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -32,4 +35,7 @@ def extract_features(model: Any, batches: Iterable[Tensor], precision: str = "fp
             embeddings.append(parts[1].float().cpu())
     finally:
         model.train(was_training)
-    return torch.cat(pooled), torch.cat(embeddings)
+    features = torch.cat(pooled), torch.cat(embeddings)
+    if not all(part.isfinite().all() for part in features):
+        raise UserError("the network's features are not finite: its training diverged; train it with a lower --lr")
+    return features
