@@ -21,7 +21,17 @@ REMOVED = {
     "--cl": "weighted a loss that the released code did not have; leave it out",
     "--batch_m": "had no effect in the released code; leave it out (--neg_m weights the sums over other clusters)",
 }
-CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "device", "workers", "log_dir", "data_dir"}  # on --resume
+CHANGEABLE = {
+    "data_on",
+    "resume",
+    "n_epoch",
+    "interval",
+    "test_batch",
+    "device",
+    "workers",
+    "log_dir",
+    "data_dir",
+}  # on --resume
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
 log = logging.getLogger("train")
 
@@ -85,6 +95,9 @@ def make_parser() -> Parser:
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
     g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32",
                    help="bf16: the network in bfloat16; losses and distances stay float32")  # fmt: skip
+    g.add_argument("--data_on", type=name_of(("auto", "device", "host")), default="auto",
+                   help="device: the training images lie on the GPU and are cropped there; auto: if half of its free "
+                   "memory holds them")  # fmt: skip
     return p
 
 
@@ -120,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     import torch
 
-    from datasets import EpochPlan, TwoViewLoader, load_split
+    from datasets import EpochPlan, ResidentLoader, TwoViewLoader, load_split
     from models import build_model
     from utils import runs
     from utils.devices import choose_device
@@ -133,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     saved = load_run(run, device) if args.resume else None
     held = [] if saved else files_to_overwrite(run, args.overwrite)
 
+    resident = to_device(training.images, device, args.data_on)
     torch.manual_seed(args.seed)
     weights = "none" if saved else args.weights
     model = build_model(args.backbone, args.n_cluster, args.low_dim, weights)
@@ -168,7 +182,10 @@ def main(argv: list[str] | None = None) -> int:
         positives, pseudo_labels, clustering = pseudo_label_images(model, training, args, epoch, state)
         features_done = time.perf_counter()
         plan = EpochPlan(len(training), args.batch_size, training.image_size, args.seed, epoch, positives)
-        loader = TwoViewLoader(training.images, plan, args.workers)
+        if resident is None:
+            loader = TwoViewLoader(training.images, plan, args.workers)
+        else:
+            loader = ResidentLoader(resident, plan)
         losses = train_epoch(model, optimizer, loader, pseudo_labels, args, epoch)
         train_done = time.perf_counter()
         row = {"epoch": epoch, **losses, **clustering}
@@ -195,6 +212,22 @@ def check_sizes(args: argparse.Namespace, count: int) -> None:
         )
     if args.pseudo_labels == "kmeans" and args.n_cluster > count:
         raise UserError(f"--n_cluster {args.n_cluster}: more clusters than the {count} training images")
+
+
+def to_device(images, device, data_on: str):
+    """The training images as a tensor on the GPU, or None: they stay in their file and crops are copied over."""
+    import torch
+
+    if device.type == "cpu" and data_on == "device":
+        raise UserError("--data_on device: there is no GPU to hold the images; use --data_on host")
+    if device.type == "cpu" or data_on == "host":
+        return None
+    if data_on == "auto" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return None
+    resident = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), 1024):
+        resident[start : start + 1024] = torch.from_numpy(images[start : start + 1024].copy())
+    return resident
 
 
 def files_to_overwrite(run: Path, overwrite: bool) -> list[Path]:

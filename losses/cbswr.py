@@ -45,10 +45,11 @@ def cbswr_losses(
     centers = model.embed(model.pool(centroids.detach())).detach()  # (U, D)
     # equal centroids give equal images: decode each once, let batch norm count it as often as it stands for a row
     decoded = model.decoder(centroids, size=inputs.shape[-2:], counts=counts)  # (U, 3, H, W)
+    target = model.reconstruction_target(inputs, recon_target)
     return {
         "metric": center_softmax_loss(embedding, centers, labels, temperature, alpha, neg_m),
         "rim": rim_loss(cluster_logits, mu),
-        "reconstruction": reconstruction_loss(decoded.index_select(0, cluster), model.reconstruction_target(inputs, recon_target)),
+        "reconstruction": reconstruction_loss(decoded.index_select(0, cluster), target),
         "pseudo_labels": labels[:images],
     }
 
