@@ -45,11 +45,12 @@ def cbswr_losses(
     centers = model.embed(model.pool(centroids.detach())).detach()  # (U, D)
     # equal centroids give equal images: decode each once, let batch norm count it as often as it stands for a row
     decoded = model.decoder(centroids, size=inputs.shape[-2:], counts=counts)  # (U, 3, H, W)
+    reconstruction = decoded.index_select(0, cluster)  # (2m, 3, H, W); decoded[cluster] adds gradients in random order
     target = model.reconstruction_target(inputs, recon_target)
     return {
         "metric": center_softmax_loss(embedding, centers, labels, temperature, alpha, neg_m),
         "rim": rim_loss(cluster_logits, mu),
-        "reconstruction": reconstruction_loss(decoded.index_select(0, cluster), target),
+        "reconstruction": reconstruction_loss(reconstruction, target),
         "pseudo_labels": labels[:images],
     }
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import BACKBONES, build_model, load_checkpoint
+from models import build_model, load_checkpoint
 from utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Malicious:
@@ -28,7 +30,7 @@ def small() -> torch.nn.Module:
     return build_model("resnet_small", 5, 6)
 
 
-@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name not in {"resnet50", "resnet101"}])
+@pytest.mark.parametrize("backbone", ["googlenet", "googlenet_bn", "resnet18", "resnet_small"])
 def test_round_trip(tmp_path, backbone):
     torch.manual_seed(4)
     model = build_model(backbone, 5, 6)
@@ -42,13 +44,14 @@ def test_round_trip(tmp_path, backbone):
     assert not loaded.training and loaded.backbone_name == backbone
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        for actual, expected in zip(loaded(x), model.eval()(x), strict=True):
-            assert torch.equal(actual, expected)
+    if backbone == "resnet_small":
+        x = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            for actual, expected in zip(loaded(x), model.eval()(x), strict=True):
+                assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", "resnet101"])
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnet101"])
 def test_deep_backbones_are_told_apart(tmp_path, backbone):
     """The figures do not matter here: all arrays are views of one zero, so that the file stays small."""
     with torch.device("meta"):
@@ -61,14 +64,17 @@ def test_deep_backbones_are_told_apart(tmp_path, backbone):
 def test_the_two_googlenets_have_the_same_names_and_the_config_tells_them_apart(tmp_path):
     model = build_model("googlenet_caffe", 5, 6)
     found = {}
-    for name, config in (("without", None), ("released", {"backbone": "googlenet"}), ("caffe", {"backbone": "googlenet_caffe"}),
-                         ("absurd", {"backbone": ["resnet18"]}), ("wrong", {"backbone": "resnet18"})):  # fmt: skip
-        content = {"model": model.state_dict(), "epoch": 1} | ({} if config is None else {"config": config})
+    configs = {
+        "none": {}, "released": {"backbone": "googlenet"}, "caffe": {"backbone": "googlenet_caffe"},
+        "absurd": {"backbone": ["resnet18"]}, "wrong": {"backbone": "resnet18"},
+    }  # fmt: skip
+    for name, config in configs.items():
+        content = {"model": model.state_dict(), "epoch": 1} | ({"config": config} if config else {})
         torch.save(content, tmp_path / "run.pth")
         loaded, info = load_checkpoint(tmp_path / "run.pth")
         found[name] = info["backbone"], loaded.base_model[0].norm.kind
     released, caffe = ("googlenet", "released"), ("googlenet_caffe", "caffe")
-    assert found == {"without": released, "released": released, "caffe": caffe, "absurd": released, "wrong": released}
+    assert found == {"none": released, "released": released, "caffe": caffe, "absurd": released, "wrong": released}
 
 
 def test_a_bare_state_dict_and_parallel_names(tmp_path, small):
@@ -126,8 +132,7 @@ def test_truncated_files(tmp_path, small):
     ({"model": {0: torch.zeros(3)}}, "it holds no state_dict"),
     ({"model": {"conv1.weight": torch.zeros(3)}}, "no weights feat_ext.0 and clustering.2"),
     ({"model": {"feat_ext.0.weight": torch.zeros(3), "clustering.2.weight": torch.zeros(3)}}, "no weights feat_ext.0"),
-    ({"model": {"feat_ext.0.weight": torch.zeros(3, 4), "clustering.2.weight": torch.zeros(2, 3)}}, "no known backbone"),
-    ({"model": {"feat_ext.0.weight": torch.zeros(0, 4), "clustering.2.weight": torch.zeros(0, 0)}}, ""),
+    ({"model": {"feat_ext.0.weight": torch.zeros(3, 4), "clustering.2.weight": torch.ones(2, 3)}}, "no known backbone"),
 ])  # fmt: skip
 def test_other_content(tmp_path, content, words):
     torch.save(content, tmp_path / "else.pth")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from losses import cbswr_losses, center_softmax_loss, rim_loss, total_loss
 from models import build_model, load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES = np.load(GOLDEN / "losses.npz")
 NETWORK = np.load(GOLDEN / "network.npz")

@@ -15,6 +15,7 @@ from losses import cbswr_losses, center_softmax_loss, cluster_means, reconstruct
 from models import build_model
 from models.decoder import WeightedBatchNorm2d
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DOUBLE = {"rtol": 1e-10, "atol": 1e-12}
 SINGLE = {"rtol": 2e-5, "atol": 2e-5}
 
@@ -373,6 +374,21 @@ def test_labels_per_image_and_per_row_are_the_same():
     one, two = (cbswr_losses(small_model(), small_batch(), labels) for labels in (GIVEN, GIVEN.repeat(2)))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert one["pseudo_labels"].tolist() == GIVEN.tolist()
+
+
+def test_gradients_are_the_same_every_time_with_threads_too():
+    """A batch large enough that threads share the sums of its gradients; their order must not depend on chance."""
+    model, inputs = small_model().float(), torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    threads, seen = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    try:
+        for _ in range(4):
+            model.zero_grad()
+            cbswr_losses(model, inputs, torch.arange(16) % 2)["reconstruction"].backward()
+            seen.append(model.decoder.decoder[20].weight.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, seen[0]) for gradient in seen)
 
 
 def test_one_cluster_only_trains_on():

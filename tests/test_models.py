@@ -13,6 +13,7 @@ from models.lrn import LocalResponseNorm
 from utils.arguments import BACKBONE_NAMES
 from utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GENERATOR = torch.Generator().manual_seed(0)
 CHANNELS = {
     "googlenet": 1024, "googlenet_caffe": 1024, "googlenet_bn": 1024, "resnet18": 512, "resnet34": 512,
@@ -165,7 +166,7 @@ def assert_unit_rows(*tensors: torch.Tensor) -> None:
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ["googlenet", "googlenet_bn", "resnet18", "resnet_small"])
 def test_forward(name):
     torch.manual_seed(1)
     model = build_model(name, 6, 5).train()
@@ -183,7 +184,7 @@ def test_forward(name):
     assert_unit_rows(pooled, same)
 
 
-@pytest.mark.parametrize("name", ["googlenet", "googlenet_caffe", "resnet_small"])
+@pytest.mark.parametrize("name", ["googlenet", "resnet_small"])
 def test_autocast_gives_float32_vectors_of_unit_length(name):
     torch.manual_seed(1)
     model = build_model(name, 6, 5).eval()

@@ -19,6 +19,7 @@ from models.googlenet import CAFFE_BLOCKS
 from models.weights import read_hdf5_arrays, read_torch_file
 from utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parent / "golden"
 CAFFE_NAMES = {str(place): name for name, place in CAFFE_BLOCKS.items()}
 
