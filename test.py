@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
 from utils.errors import UserError, run_script
+from utils.process import share_cores
 
 
 def make_parser() -> Parser:
@@ -44,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give either --checkpoint_path, or --backbone (with --weights) for a frozen backbone")
     if args.checkpoint_path and "weights" in args.given:
         parser.error("--weights goes with --backbone; a checkpoint brings its own weights")
+    for target in filter(None, (args.json, args.save_embeddings)):
+        if not Path(target).absolute().parent.is_dir():
+            parser.error(f"{target}: its folder does not exist; make it first")
+    share_cores()
 
     import torch
     from tqdm import tqdm

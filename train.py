@@ -15,6 +15,7 @@ from pathlib import Path
 
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, real, whole
 from utils.errors import UserError, run_script
+from utils.process import keep_freed_memory, share_cores
 
 REMOVED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -131,6 +132,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Wire the rooms together and run the epochs."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
+    share_cores()
     import torch
 
     from datasets import EpochPlan, ResidentLoader, TwoViewLoader, load_split
@@ -139,6 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     from utils.devices import choose_device
 
     device = choose_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     training = load_split(args.data_dir, args.dataset, "training", args.image_size)
     validation = load_split(args.data_dir, args.dataset, "validation", training.image_size)
     check_sizes(args, len(training))
@@ -168,9 +172,11 @@ def main(argv: list[str] | None = None) -> int:
     def save(epoch: int) -> None:
         content = {"model": model.state_dict(), "epoch": epoch, "optimizer": optimizer.state_dict(), "config": config,
                    "metrics": rows, **state, "rng": random_state(device)}  # fmt: skip
-        runs.save_checkpoint(run / runs.LAST, content)
-        if rows and rows[-1].get("best"):
-            runs.link_checkpoint(run / runs.LAST, run / runs.BEST)
+        if rows[-1].get("best"):  # first, so that a run stopped in between makes it again when it is resumed
+            runs.save_checkpoint(run / runs.BEST, content)
+            runs.link_checkpoint(run / runs.BEST, run / runs.LAST)
+        else:
+            runs.save_checkpoint(run / runs.LAST, content)
         runs.save_metrics(run, rows)
 
     if args.n_epoch == 0 and not saved:

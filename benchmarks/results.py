@@ -92,7 +92,7 @@ def write_table(args: argparse.Namespace) -> None:
         "Made by `python benchmarks/results.py`; a run's settings and metrics of every epoch lie beside this file.",
         args.note,
         "",
-        f"{args.backbone}, {args.n_epoch} epochs, seed {args.seed}, {args.precision}, images of {args.image_size} px of "
+        f"{args.backbone}, {args.n_epoch} epochs, seed {args.seed}, {args.precision}, {args.image_size} px of "
         f"which the network sees {args.image_size * 7 // 8}. R@K and NMI in percent.",
         "",
         "| method | R@1 | R@2 | R@4 | R@8 | NMI | R@1 / NMI of the best epoch (chosen on test) |",

@@ -21,7 +21,7 @@ from losses import cbswr_losses, rim_loss, total_loss
 from models import build_model
 from models.lrn import LocalResponseNorm
 from utils.features import network_autocast
-from utils.memory import keep_freed_memory
+from utils.process import keep_freed_memory
 
 Step = Callable[[], dict[str, Tensor]]
 

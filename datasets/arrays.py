@@ -48,6 +48,8 @@ def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size
         raise UserError(
             f"{path}: expected uint8 images (N, S, S, 3), found {images.dtype} {images.shape}; pre-process again"
         )
+    if not images.flags.c_contiguous:
+        raise UserError(f"{path}: stored in Fortran order; save it in C order, or pre-process again")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(
             f"{folder / f'{stem}_label.npy'}: expected integer labels (N,), found {labels.dtype} {labels.shape}"

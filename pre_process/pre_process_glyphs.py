@@ -152,7 +152,7 @@ def render_glyph(glyph: Glyph, image_size: int) -> np.ndarray:
     face = glyph.faces[rng.integers(len(glyph.faces))]
     coverage = jittered(glyph_mask(glyph.character, face, image_size), image_size, rng)[:, :, None]  # (S, S, 1)
     background = draw_background(image_size, rng)  # (S, S, 3)
-    ink = rng.uniform(10, 50) + rng.normal(0, 3, 3)  # (3,), dark on light
+    ink = draw_ink(rng)  # (3,)
     pixels = background * (1 - coverage) + ink * coverage
     blurred = as_image(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2) * image_size / 64))
     noise = rng.normal(0, rng.uniform(45, 55), pixels.shape)
@@ -201,6 +201,11 @@ def draw_background(image_size: int, rng: np.random.Generator) -> np.ndarray:
         clouds = coarse.resize((image_size, image_size), Image.Resampling.BICUBIC)
         change = (np.asarray(clouds) - 127.5) * rng.uniform(0.05, 0.15)
     return np.clip(colour + change, 0, 255)
+
+
+def draw_ink(rng: np.random.Generator) -> np.ndarray:
+    """Dark, slightly tinted: float (3,), 0-255."""
+    return rng.uniform(10, 50) + rng.normal(0, 3, 3)
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:

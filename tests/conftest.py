@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from utils.process import share_cores
+
+share_cores()  # before anything imports torch
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(GOLDEN))  # tests import golden_state from it

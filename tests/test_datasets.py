@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from synthetic import shapes, write_dataset, write_split
 
-from datasets import EpochPlan, TwoViewLoader, center_crops, crop_size, load_split
+from datasets import EpochPlan, ResidentLoader, TwoViewLoader, center_crops, crop_size, load_split
 from datasets.views import Views, cut_views
 from utils.errors import UserError
 
@@ -265,3 +267,23 @@ def test_center_crops(training, workers, batch_size):
     batches = list(center_crops(training, batch_size, workers))
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     np.testing.assert_array_equal(np.concatenate(batches), training[:, 2:30, 2:30])
+
+
+def test_fortran_order_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    np.save(folder / "training_set_32resized_img.npy", np.asfortranarray(np.zeros((4, 32, 32, 3), np.uint8)))
+    np.save(folder / "training_set_32resized_label.npy", np.arange(4))
+    with pytest.raises(UserError, match="Fortran order"):
+        load_split(tmp_path, "set", "training")
+
+
+def test_resident_views_equal_cut_views() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    plan = EpochPlan(20, 5, 32, 1, 1, np.roll(np.arange(20), 1))
+    host = list(TwoViewLoader(images, plan, 1))
+    resident = list(ResidentLoader(torch.from_numpy(images), plan))
+    assert len(host) == len(resident) == 4
+    for (views, index), (gathered, same) in zip(host, resident, strict=True):
+        assert torch.equal(views, gathered)
+        assert torch.equal(index, same)

@@ -275,6 +275,7 @@ def test_truncated_files_are_refused_wherever_they_end(tmp_path, kind):
         refused(cut)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_pickles_are_refused(tmp_path):
     """Any byte of the first part of a torch file may be wrong: never anything but a UserError, or the right shapes."""
     torch.save({"a": torch.zeros(2)}, tmp_path / "small.pth", _use_new_zipfile_serialization=False)

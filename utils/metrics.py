@@ -76,7 +76,7 @@ def nmi(labels_a: Tensor | np.ndarray | Sequence[int], labels_b: Tensor | np.nda
     information = float((share * (share / expected).log()).sum())
     if information <= torch.finfo(torch.float64).eps:
         return 0.0
-    return 2 * information / (_entropy(sizes_a) + _entropy(sizes_b))
+    return min(1.0, 2 * information / (_entropy(sizes_a) + _entropy(sizes_b)))
 
 
 def _entropy(sizes: Tensor) -> float:
