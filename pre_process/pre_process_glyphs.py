@@ -3,9 +3,9 @@
     python pre_process/pre_process_glyphs.py
 
 A small data set in the form of the large ones, to try the whole way from images to scores in minutes. Each image shows
-one character in one of the fonts that come with matplotlib, turned, sheared, scaled and shifted at random, dark on plain,
-graded or cloudy paper, blurred and under strong noise. A class is a character; its fonts, sizes and places differ, so
-that only its shape tells it from others, and the noise hides it from a network that has not learnt.
+one character in one of the fonts that come with matplotlib, turned, sheared, scaled and shifted at random, dark on
+plain, graded or cloudy paper, blurred and under strong noise. A class is a character; its fonts, sizes and places
+differ, so that only its shape tells it from others, and the noise hides it from a network that has not learnt.
 """
 
 from __future__ import annotations
