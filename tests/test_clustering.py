@@ -156,3 +156,15 @@ def test_cluster_sizes() -> None:
     assert cluster_sizes(np.array([0, 2, 2]), 4).tolist() == [1, 0, 2, 0]
     with pytest.raises(ValueError, match=r"0 \.\. 1"):
         cluster_sizes(torch.tensor([0, 2]), 2)
+
+
+def test_sklearn_engine_is_scikit_learns() -> None:
+    from sklearn.cluster import KMeans
+
+    features = np.random.default_rng(3).standard_normal((200, 6)).astype(np.float32)
+    reference = KMeans(5, n_init=3, max_iter=300, random_state=7).fit(features)
+    assignments, centroids, inertia = kmeans(features, 5, n_init=3, seed=7, engine="sklearn")
+    assert inertia == pytest.approx(reference.inertia_, rel=1e-4)
+    assert (assignments == reference.labels_).mean() > 0.98
+    assert centroids.shape == (5, 6)
+    assert "scikit-learn" in protocol(10, 300, "sklearn")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.search import as_matrix, frame_of, framed, full_float32, nearest_neighbors, squared_distances
 
-ENGINES = ("auto", "torch", "faiss")
+ENGINES = ("auto", "torch", "faiss", "sklearn")
 CPU_BLOCK = 1 << 20  # scores per block of rows: they stay in the cache of the cores
 GPU_BLOCK = 1 << 26
 SEEDING_ROUNDS = 64  # k-means++ draws its k centroids in about so many rounds
@@ -44,10 +44,12 @@ def pick_engine(n: int, d: int, k: int, device: torch.device | str = "cpu") -> s
 def protocol(n_init: int, max_iter: int, engine: str) -> str:
     """One line that says what `kmeans` does with these settings, to be printed beside every NMI.
 
-    engine is "torch" or "faiss": for "auto" ask `pick_engine` first.
+    engine is "torch", "faiss" or "sklearn": for "auto" ask `pick_engine` first.
     """
     if engine not in ENGINES[1:]:
         raise ValueError(f"engine must be one of {', '.join(ENGINES[1:])}, not {engine!r}")
+    if engine == "sklearn":
+        return f"k-means++, best of {n_init} start(s) x <={max_iter} iterations, scikit-learn"
     if engine == "faiss":
         return f"k-means, best of {n_init} random start(s) x {max_iter} iterations, faiss engine"
     again = f" + {n_init - 1} partial restarts (centroids redrawn, kept if better)" if n_init > 1 else ""
@@ -80,6 +82,7 @@ def kmeans(
     (`benchmarks/kmeans.py` compares seconds and inertia). Then Lloyd iterations run until no row changes its cluster,
     for max_iter iterations, or until the squared movement of all centroids together is at most tol times the mean
     variance of the columns, as in scikit-learn. The faiss engine runs n_init random starts for max_iter iterations.
+    The sklearn engine is scikit-learn's KMeans, n_init independent k-means++ starts on the CPU.
     Returns assignments (N,) int64, centroids (k, D) float32 and the inertia (sum of squared distances to the
     centroids, in float64): tensors on the features' device, or arrays for an array. Each row is assigned to its
     nearest centroid, at equal distance to the one of lower index.
@@ -92,6 +95,8 @@ def kmeans(
         engine = pick_engine(len(matrix), matrix.shape[1], k, matrix.device)
     if engine == "faiss":
         centroids = _faiss_centroids(matrix, k, n_init, max_iter, seed)
+    elif engine == "sklearn":
+        centroids = _sklearn_centroids(matrix, k, n_init, max_iter, seed, tol)
     else:
         centre, scale = frame_of(matrix)
         with full_float32():
@@ -312,6 +317,14 @@ def _settle(matrix: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         centroids = centroids.clone()
         centroids[repaired[moved]] = matrix[moved].float()
     return repaired, centroids
+
+
+def _sklearn_centroids(matrix: Tensor, k: int, n_init: int, max_iter: int, seed: int, tol: float) -> Tensor:
+    """Centroids (k, D) by scikit-learn, on the CPU."""
+    from sklearn.cluster import KMeans
+
+    run = KMeans(k, n_init=n_init, max_iter=max_iter, random_state=seed, tol=tol).fit(matrix.float().cpu().numpy())
+    return torch.from_numpy(run.cluster_centers_).float().to(matrix.device)
 
 
 def _faiss_centroids(matrix: Tensor, k: int, n_init: int, max_iter: int, seed: int) -> Tensor:

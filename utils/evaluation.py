@@ -12,15 +12,16 @@ RECALL_AT = (1, 2, 4, 8)
 NMI_RESTARTS, NMI_ITERATIONS = 10, 300  # scikit-learn's defaults, which the released code used
 
 
-def score(embeddings: Tensor, labels, seed: int = 0) -> dict:
+def score(embeddings: Tensor, labels, seed: int = 0, engine: str = "auto") -> dict:
     """R@1/2/4/8 and NMI, shares in [0, 1], of embeddings (N, D) with labels (N,): {"recall@1": .., "nmi": ..}.
 
-    "nmi_protocol" says how the clusters were found: the figure depends on it. Raises UserError where there are fewer
+    "nmi_protocol" says how the clusters were found: the figure depends on it. engine: of `clustering.kmeans`. Raises UserError where there are fewer
     distinct embeddings than classes, as after a collapse.
     """
     recall = metrics.recall_at_k(embeddings, labels, RECALL_AT)
     classes = len(torch.unique(torch.as_tensor(labels)))
-    engine = clustering.pick_engine(len(embeddings), embeddings.shape[1], classes, embeddings.device)
+    if engine == "auto":
+        engine = clustering.pick_engine(len(embeddings), embeddings.shape[1], classes, embeddings.device)
     try:
         nmi = metrics.clustering_nmi(
             embeddings, labels, seed=seed, n_init=NMI_RESTARTS, max_iter=NMI_ITERATIONS, engine=engine
