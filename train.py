@@ -22,17 +22,8 @@ REMOVED = {
     "--cl": "weighted a loss that the released code did not have; leave it out",
     "--batch_m": "had no effect in the released code; leave it out (--neg_m weights the sums over other clusters)",
 }
-CHANGEABLE = {
-    "data_on",
-    "resume",
-    "n_epoch",
-    "interval",
-    "test_batch",
-    "device",
-    "workers",
-    "log_dir",
-    "data_dir",
-}  # on --resume
+CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch"}  # on --resume, as well as the next line
+CHANGEABLE |= {"device", "data_on", "workers", "log_dir", "data_dir"}
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
 log = logging.getLogger("train")
 

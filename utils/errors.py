@@ -12,7 +12,10 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`; a `UserError` or a fault of the file system becomes one line and exit status 2."""
+    """Run a script's `main`; a `UserError` or a fault of the file system becomes one line and exit status 2.
+
+    Ctrl-C becomes one line and 130.
+    """
     try:
         sys.exit(main())
     except UserError as error:
@@ -21,5 +24,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         if error.filename is None and error.errno is None:
             raise
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted; what was finished is saved", file=sys.stderr)
+        sys.exit(130)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
