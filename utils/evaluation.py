@@ -15,7 +15,7 @@ NMI_RESTARTS, NMI_ITERATIONS = 10, 300  # scikit-learn's defaults, which the rel
 def score(embeddings: Tensor, labels, seed: int = 0, engine: str = "auto") -> dict:
     """R@1/2/4/8 and NMI, shares in [0, 1], of embeddings (N, D) with labels (N,): {"recall@1": .., "nmi": ..}.
 
-    "nmi_protocol" says how the clusters were found (by which `engine` of `clustering.kmeans`): the figure depends on it.
+    "nmi_protocol" says how the clusters were found, by which `engine` of `clustering.kmeans`: the figure depends on it.
     Raises UserError where there are fewer distinct embeddings than classes, as after a collapse.
     """
     recall = metrics.recall_at_k(embeddings, labels, RECALL_AT)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -12,9 +13,12 @@ from pathlib import Path
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it is flushed and renamed to `path`, else it is removed.
 
-    A reader sees the old file or the new one, never half of one. Raises what the writing raises.
+    A reader sees the old file or the new one, never half of one. Raises what the writing raises, FileNotFoundError
+    when the folder does not exist.
     """
     path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist", str(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
@@ -22,7 +26,8 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # the first fault is the one to report
+            beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
