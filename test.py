@@ -49,8 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.checkpoint_path and "weights" in args.given:
         parser.error("--weights goes with --backbone; a checkpoint brings its own weights")
     for target in filter(None, (args.json, args.save_embeddings)):
+        if Path(target).is_dir():
+            parser.error(f"{target}: is a folder; give the name of a file")
         if not Path(target).absolute().parent.is_dir():
             parser.error(f"{target}: its folder does not exist; make it first")
+    if args.save_embeddings and not args.save_embeddings.endswith(".npy"):
+        parser.error(f"--save_embeddings {args.save_embeddings}: the name must end in .npy")
     share_cores()
 
     import torch
@@ -112,7 +116,7 @@ def find_checkpoint(given: str) -> Path:
     best = run / "best.pth"
     if not best.is_file():
         raise UserError(f"{best}: no such file; {run} holds no finished epoch yet")
-    print(f"{given}: taking the run's {best}")
+    print(f"{given}: taking {best}, the epoch that was best on the test half (chosen on test; last.pth is the last)")
     return best
 
 

@@ -103,7 +103,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         run = Path(args.resume)
         run = run.parent if run.suffix == ".pth" else run
         source = run / "config.json"
+        if not source.is_file():
+            parser.error(f"--resume {args.resume}: no run of train.py lies there (no {source})")
         base = parser.read_json(str(source))
+        missing = {"dataset", "backbone", "checkpoint_dir"} - base.keys()
+        if missing:
+            parser.error(f"{source}: not the settings of a run: no {', '.join(sorted(missing))} in it")
         wanted = parser.parse(argv, base, str(source))
         for name in sorted(wanted.given - CHANGEABLE):
             if getattr(wanted, name) != base.get(name):
@@ -136,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
     training = load_split(args.data_dir, args.dataset, "training", args.image_size)
     validation = load_split(args.data_dir, args.dataset, "validation", training.image_size)
-    check_sizes(args, len(training))
+    check_sizes(args, training, validation)
     run = Path(args.checkpoint_dir) / args.model_name
     saved = load_run(run, device) if args.resume else None
     held = [] if saved else files_to_overwrite(run, args.overwrite)
@@ -170,6 +175,8 @@ def main(argv: list[str] | None = None) -> int:
             runs.save_checkpoint(run / runs.LAST, content)
         runs.save_metrics(run, rows)
 
+    if saved and state["epoch"] >= args.n_epoch:
+        log.info("%s has its %d epochs already; give a larger --n_epoch to go on", run, state["epoch"])
     if args.n_epoch == 0 and not saved:
         rows.append({"epoch": 0, **evaluate(model, validation, args), "best": True})
         print_epoch(rows[-1])
@@ -201,13 +208,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_sizes(args: argparse.Namespace, count: int) -> None:
-    """Options that the data set limits."""
+def check_sizes(args: argparse.Namespace, training, validation) -> None:
+    """Options that the data set limits, and a test half that cannot be scored."""
+    count = len(training)
+    if len(set(validation.labels.tolist())) < 2:
+        raise UserError(f"{validation.path}: holds images of one class only; scores need at least two test classes")
     if args.batch_size > count:
         raise UserError(
             f"--batch_size {args.batch_size}: the training half of {args.dataset} holds {count} images only"
         )
-    if args.pseudo_labels == "kmeans" and args.n_cluster > count:
+    if args.n_cluster > count:
         raise UserError(f"--n_cluster {args.n_cluster}: more clusters than the {count} training images")
 
 
@@ -243,6 +253,8 @@ def load_run(run: Path, device) -> dict:
     from models.weights import read_torch_file
     from utils import runs
 
+    if not (run / runs.LAST).is_file():
+        raise UserError(f"{run}: the run was stopped before its first epoch was done; start it again without --resume")
     saved = read_torch_file(run / runs.LAST, device)
     if not isinstance(saved, dict) or not {"model", "optimizer", "epoch", "rng", "metrics"} <= saved.keys():
         raise UserError(f"{run / runs.LAST}: not a checkpoint that training can continue from")

@@ -11,6 +11,8 @@ import numpy as np
 
 from utils.errors import UserError
 
+SCRIPTS = ("cub200", "car196", "glyphs")  # with a pre_process script each
+
 
 @dataclass(frozen=True)
 class Split:
@@ -66,24 +68,25 @@ def _only_size(folder: Path, dataset: str, split: str) -> int:
     names = os.listdir(folder) if folder.is_dir() else []
     sizes = sorted(int(m.group(1)) for name in names if (m := pattern.fullmatch(name)))
     if not sizes:
-        raise UserError(
-            f"{folder / f'{split}_{dataset}_256resized_img.npy'}: no such file; make it with "
-            f"python pre_process/pre_process_{dataset}.py (see the README, Preprocessing)"
-        )
+        raise UserError(f"{folder / f'{split}_{dataset}_256resized_img.npy'}: no such file; {_how_to_make(dataset)}")
     if len(sizes) > 1 and 256 not in sizes:
         raise UserError(f"{folder}: {dataset} is there in sizes {sizes}; choose one with --image_size")
     return sizes[0] if len(sizes) == 1 else 256
+
+
+def _how_to_make(dataset: str) -> str:
+    if dataset in SCRIPTS:
+        return f"make it with python pre_process/pre_process_{dataset}.py (see the README, Preprocessing)"
+    return f"data sets with a script in pre_process/ are {', '.join(SCRIPTS)}; arrays of others must be put there"
 
 
 def _open_array(path: Path, dataset: str, mmap_mode: str | None) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; make it with python pre_process/pre_process_{dataset}.py (see the README)"
-        ) from None
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy array ({error}); pre-process again") from None
+        raise UserError(f"{path}: no such file; {_how_to_make(dataset)}") from None
+    except (ValueError, EOFError):
+        raise UserError(f"{path}: not a plain .npy array of numbers, or truncated; pre-process again") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: not a .npy array; pre-process again")
     return array

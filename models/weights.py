@@ -31,7 +31,12 @@ def read_torch_file(path: str | os.PathLike, device: str | torch.device = "cpu")
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a file written by torch.save")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}; give the path of a file written by torch.save")
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # a zip archive, or a pickle as torch wrote it before 1.6
+        raise UserError(f"{path}: not a file written by torch.save; give a checkpoint or a state_dict")
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -42,10 +47,7 @@ def read_torch_file(path: str | os.PathLike, device: str | torch.device = "cpu")
         )
         raise UserError(f"{path}: refused: {reason}; save a plain state_dict and try again") from None
     except Exception as error:  # a damaged file fails anywhere in torch's readers, with no common class of error
-        first_line = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(
-            f"{path}: not a readable torch file ({first_line}); it may be truncated: fetch it again"
-        ) from None
+        raise UserError(f"{path}: damaged or truncated ({type(error).__name__}); fetch or make it again") from None
 
 
 def read_hdf5_arrays(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -128,7 +130,8 @@ def load_backbone_weights(backbone: nn.Module, name: str, spec: BackboneSpec, we
 
 def _read_weights_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"--weights {path}: no such file; give a torch or HDF5 file, or auto or none")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"--weights {path}: {what}; give a torch or HDF5 file, or auto or none")
     with open(path, "rb") as file:
         is_hdf5 = file.read(8) == _HDF5_SIGNATURE
     if is_hdf5 or path.suffix in {".h5", ".hdf5"}:

@@ -56,7 +56,9 @@ def refused(folder, *words: str, size: int | None = None) -> None:
 @pytest.mark.parametrize("size", [None, 32])
 def test_missing_files_name_the_script_that_makes_them(tmp_path, size):
     name = f"training_tiny_{size or 256}resized_img.npy"
-    refused(tmp_path, name, "no such file", "python pre_process/pre_process_tiny.py", size=size)
+    refused(tmp_path, name, "no such file", "cub200, car196, glyphs", size=size)
+    with pytest.raises(UserError, match=r"python pre_process/pre_process_glyphs\.py"):
+        load_split(tmp_path, "glyphs", "training", size)
 
 
 def test_missing_labels(tmp_path):
@@ -87,9 +89,9 @@ def test_arrays_of_another_kind(tmp_path, images, labels, words):
 
 def test_pickled_arrays_are_never_opened(tmp_path):
     write_split(tmp_path, "tiny", "training", np.array([IMAGES, None], dtype=object)[:, None].repeat(16, 1), LABELS)
-    refused(tmp_path, "training_tiny_16resized_img.npy", "not a readable .npy array")
+    refused(tmp_path, "training_tiny_16resized_img.npy", "not a plain .npy array")
     write_split(tmp_path, "tiny", "training", IMAGES, LABELS.astype(object))
-    refused(tmp_path, "training_tiny_16resized_label.npy", "not a readable .npy array")
+    refused(tmp_path, "training_tiny_16resized_label.npy", "not a plain .npy array")
 
 
 @pytest.mark.parametrize("which", ["img", "label"])

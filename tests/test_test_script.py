@@ -121,7 +121,7 @@ def test_a_run_is_found_by_its_folder_and_by_its_published_name(execute, run, tm
     scores, _, out = scored(execute, tmp_path, "--checkpoint_path", run.parent / given)
     assert scores["checkpoint"] == str(run / "best.pth")
     assert scores["epoch"] == torch.load(run / "best.pth")["epoch"]
-    assert ("taking the run's" in out) == (not given.endswith("best.pth"))
+    assert ("chosen on test" in out) == (not given.endswith("best.pth"))
 
 
 def test_a_file_of_that_name_goes_before_the_folder(execute, run, tmp_path):

@@ -481,12 +481,14 @@ def test_resume_takes_the_same_setting_and_a_moved_run(data, tmp_path):
 
 
 def test_resume_of_nothing(data, tmp_path, execute):
-    failed(execute("--resume", tmp_path / "none"), str(tmp_path / "none" / "config.json"), "No such file")
+    failed(
+        execute("--resume", tmp_path / "none"), str(tmp_path / "none" / "config.json"), "no run of train.py lies there"
+    )
     done = trained(data, tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text((done.run / "config.json").read_text())
-    failed(execute("--resume", other), str(other / "last.pth"), "no such file")
+    failed(execute("--resume", other), str(other), "start it again without --resume")
     whole = (done.run / "last.pth").read_bytes()
     (other / "last.pth").write_bytes(whole[: len(whole) // 2])
     failed(execute("--resume", other), str(other / "last.pth"))
@@ -557,3 +559,20 @@ def test_help_is_quick_and_explains_every_option(name):
 def test_every_option_has_help():
     for action in script.make_parser()._actions:
         assert action.help and len(action.help) > 10, action.dest
+
+
+def test_resume_of_a_finished_run_says_so(data, tmp_path, execute):
+    done = trained(data, tmp_path)
+    before = (done.run / "last.pth").read_bytes()
+    result = execute("--resume", done.run)
+    assert result.code == 0
+    assert "give a larger --n_epoch" in result.out
+    assert (done.run / "last.pth").read_bytes() == before
+
+
+def test_one_test_class_is_refused(tmp_path, execute):
+    write_split(tmp_path, "single", "training", *shapes(24, range(1, 5), 32, 0))
+    write_split(tmp_path, "single", "validation", *shapes(24, range(5, 6), 32, 1))
+    options = ["--dataset", "single", "--data_dir", tmp_path, "--backbone", "resnet_small", "--weights", "none"]
+    failed(execute(*options, "--batch_size", 4, "--checkpoint_dir", tmp_path / "runs"), "one class only")
+    assert not (tmp_path / "runs").exists()

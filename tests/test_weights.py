@@ -252,7 +252,7 @@ def test_other_files_are_refused(tmp_path, name, content):
 
 def test_missing_files_and_folders_are_refused(tmp_path):
     refused(tmp_path / "none.pth", "no such file")
-    refused(tmp_path, "no such file")
+    refused(tmp_path, "a folder")
     with pytest.raises(UserError, match="no such file"):
         read_torch_file(tmp_path / "none.pth")
     with pytest.raises(UserError, match="not a readable HDF5 file"):

@@ -72,11 +72,18 @@ def folder_name(text: str) -> str:
     return text
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds "(default: ...)" where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.nargs == 0 else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations, suggests the nearest option, and can read options from JSON."""
 
     def __init__(self, *, removed: dict[str, str] | None = None, **kwargs) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self.removed = removed or {}
         self._source = ""  # the file whose options are being read; errors name it
 
