@@ -55,14 +55,14 @@ def make_row(args: argparse.Namespace, method: str) -> None:
     network = ["--backbone", args.backbone, "--weights", args.weights]
     common = ["--dataset", args.dataset, "--image_size", str(args.image_size), "--precision", args.precision]
     args.out.mkdir(parents=True, exist_ok=True)
+    scores = args.out / f"{name}.json"
+    if scores.exists():
+        return
     if method == "frozen":
-        if not (args.out / f"{name}.json").exists():
-            call("test.py", *common, *network, "--json", str(args.out / f"{name}.json"))
-            keep_file_name_only(args.out / f"{name}.json")
+        call("test.py", *common, *network, "--json", str(scores))
+        keep_file_name_only(scores)
         return
     run = Path(args.checkpoint_dir) / name
-    if (args.out / f"{name}.jsonl").exists():
-        return
     if (run / "last.pth").exists():
         call("train.py", "--resume", str(run))
     else:
@@ -71,12 +71,14 @@ def make_row(args: argparse.Namespace, method: str) -> None:
     shutil.copyfile(run / "config.json", args.out / f"{name}.config.json")
     keep_file_name_only(args.out / f"{name}.config.json")
     shutil.copyfile(run / "metrics.jsonl", args.out / f"{name}.jsonl")
+    call("test.py", *common, "--checkpoint_path", str(run / "last.pth"), "--json", str(scores))
 
 
 def keep_file_name_only(path: Path) -> None:
     """Of the weights' file, keep the name: where it lay is nobody's business."""
     content = json.loads(path.read_text(encoding="utf-8"))
     content["weights"] = Path(content["weights"]).name
+    content.pop("checkpoint_dir", None)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -95,28 +97,29 @@ def write_table(args: argparse.Namespace) -> None:
         f"{args.backbone}, {args.n_epoch} epochs, seed {args.seed}, {args.precision}, {args.image_size} px of "
         f"which the network sees {args.image_size * 7 // 8}. R@K and NMI in percent.",
         "",
-        "| method | R@1 | R@2 | R@4 | R@8 | NMI | R@1 / NMI of the best epoch (chosen on test) |",
+        "| method | R@1 | R@2 | R@4 | R@8 | NMI | R@1 of the best epoch (chosen on test) |",
         "|---|---|---|---|---|---|---|",
     ]
     protocols = set()
     for method in args.methods:
-        rows = read_rows(args, method)
-        last, best = rows[-1], max(rows, key=lambda row: row["recall@1"])
+        stem = args.out / name_of_run(args, method)
+        last = json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))
         protocols.add(last["nmi_protocol"])
         scores = " | ".join(f"{100 * last[key]:.1f}" for key in ("recall@1", "recall@2", "recall@4", "recall@8", "nmi"))
-        chosen = f"{100 * best['recall@1']:.1f} / {100 * best['nmi']:.1f} (epoch {best['epoch']})"
-        lines.append(f"| {TITLES[method]} | {scores} | {chosen if len(rows) > 1 else ''} |")
+        lines.append(f"| {TITLES[method]} | {scores} | {best_on_test(stem.with_name(f'{stem.name}.jsonl'))} |")
     lines += ["", "NMI by " + "; ".join(sorted(protocols)) + ".", ""]
     (args.out / f"{args.dataset}.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def read_rows(args: argparse.Namespace, method: str) -> list[dict]:
-    """The scored epochs of a row."""
-    stem = args.out / name_of_run(args, method)
-    if method == "frozen":
-        return [json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))]
-    lines = stem.with_name(f"{stem.name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if "recall@1" in row]
+def best_on_test(metrics: Path) -> str:
+    """R@1 and number of the epoch that the released code would have kept; empty where no epochs were trained."""
+    if not metrics.exists():
+        return ""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    if len(rows) < 2:
+        return ""
+    best = max((row for row in rows if "recall@1" in row), key=lambda row: row["recall@1"])
+    return f"{100 * best['recall@1']:.1f} (epoch {best['epoch']})"
 
 
 if __name__ == "__main__":

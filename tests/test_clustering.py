@@ -128,8 +128,7 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_protocol_says_what_is_done() -> None:
     assert pick_engine(5924, 128, 100) == "torch"
-    assert protocol(1, 300, "torch") == "k-means++ x1, Lloyd <=300 iterations, torch engine"
-    assert "9 partial restarts" in protocol(10, 300, "torch")
+    assert protocol(10, 300, "torch") == "k-means++, best of 10 start(s) x <=300 iterations, torch engine"
     assert "best of 10" in protocol(10, 20, "faiss")
     with pytest.raises(ValueError, match="engine"):
         protocol(10, 20, "auto")

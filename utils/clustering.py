@@ -16,11 +16,8 @@ from utils.search import as_matrix, frame_of, framed, full_float32, nearest_neig
 ENGINES = ("auto", "torch", "faiss", "sklearn")
 CPU_BLOCK = 1 << 20  # scores per block of rows: they stay in the cache of the cores
 GPU_BLOCK = 1 << 26
-SEEDING_ROUNDS = 64  # k-means++ draws its k centroids in about so many rounds
-WARM_UP = 4  # Lloyd iterations of the start before its centroids are redrawn
-REDRAWN = 0.5  # centroids that the first redraw adds and removes, as a share of k
-SETTLE = 2  # Lloyd iterations after centroids were added, and after others were removed
-SHRINK = 0.6  # a redraw that did not help is followed by one of fewer centroids
+GREEDY_UP_TO = 512  # clusters; more are seeded in rounds, as a pass over the data per centroid would cost too much
+SEEDING_ROUNDS = 64
 
 
 def has_faiss() -> bool:
@@ -35,8 +32,8 @@ def has_faiss() -> bool:
 def pick_engine(n: int, d: int, k: int, device: torch.device | str = "cpu") -> str:
     """The engine that "auto" stands for, for n rows of d columns and k clusters on a device.
 
-    Always "torch" so far: on CPU, at CUB and Cars size, faiss left a higher inertia with 10 starts of 20 iterations and
-    was about as fast (`benchmarks/kmeans.py` compares them). On a GPU the two have not been compared.
+    Always "torch" so far: faiss starts from random rows and ended at a higher inertia, though sooner, with 10 starts of
+    50 iterations on the CPU (`benchmarks/kmeans.py` compares them). On a GPU the two have not been compared.
     """
     return "torch"
 
@@ -52,8 +49,7 @@ def protocol(n_init: int, max_iter: int, engine: str) -> str:
         return f"k-means++, best of {n_init} start(s) x <={max_iter} iterations, scikit-learn"
     if engine == "faiss":
         return f"k-means, best of {n_init} random start(s) x {max_iter} iterations, faiss engine"
-    again = f" + {n_init - 1} partial restarts (centroids redrawn, kept if better)" if n_init > 1 else ""
-    return f"k-means++ x1{again}, Lloyd <={max_iter} iterations, torch engine"
+    return f"k-means++, best of {n_init} start(s) x <={max_iter} iterations, torch engine"
 
 
 def cluster_sizes(assignments: Tensor | np.ndarray, k: int) -> Tensor:
@@ -76,12 +72,10 @@ def kmeans(
 ) -> tuple[Tensor, Tensor, float] | tuple[np.ndarray, np.ndarray, float]:
     """Cluster rows into k non-empty clusters of small squared distance to their centroids.
 
-    features (N, D) floating point; n_init tries. The torch engine makes one k-means++ start and spends every further
-    try on the best clustering so far: centroids are added where rows are far from theirs, the least useful ones are
-    removed, and the result is kept if it is better; that costs few iterations and stands in for independent restarts
-    (`benchmarks/kmeans.py` compares seconds and inertia). Then Lloyd iterations run until no row changes its cluster,
-    for max_iter iterations, or until the squared movement of all centroids together is at most tol times the mean
-    variance of the columns, as in scikit-learn. The faiss engine runs n_init random starts for max_iter iterations.
+    features (N, D) floating point. The torch engine makes n_init independent k-means++ starts and keeps the best;
+    of each, Lloyd iterations run until no row changes its cluster, for max_iter iterations, or until the squared
+    movement of all centroids together is at most tol times the mean variance of the columns, as in scikit-learn. The
+    faiss engine makes n_init random starts of max_iter iterations.
     The sklearn engine is scikit-learn's KMeans, n_init independent k-means++ starts on the CPU.
     Returns assignments (N,) int64, centroids (k, D) float32 and the inertia (sum of squared distances to the
     centroids, in float64): tensors on the features' device, or arrays for an array. Each row is assigned to its
@@ -135,14 +129,6 @@ class _Rows:
         best, clusters = (torch.cat(column) for column in zip(*parts, strict=True))
         return clusters, (self.norms - 2 * best).clamp_(min=0)
 
-    def use(self, centroids: Tensor) -> Tensor:
-        """By how much (k,) the inertia would grow without each of the centroids (half of it, in fact)."""
-        use = centroids.new_zeros(len(centroids))
-        for scores in self._scores(centroids):
-            best, clusters = scores.topk(2, dim=1)
-            _add_rows(use[:, None], clusters[:, 0], (best[:, :1] - best[:, 1:]))
-        return use
-
     def _scores(self, centroids: Tensor) -> Iterator[Tensor]:
         """Blocks (B, k) of x.c - |c|^2 / 2: the larger, the nearer."""
         bias = centroids.square().sum(1).mul(-0.5)
@@ -180,20 +166,15 @@ class _State:
 
 
 def _best_run(rows: _Rows, k: int, n_init: int, max_iter: int, seed: int, tol: float) -> Tensor:
-    """Centroids (k, D): a k-means++ start, n_init - 1 redraws that are kept where they help, Lloyd to the end."""
+    """Centroids (k, D) of the best of n_init independent runs, each a k-means++ start and Lloyd iterations."""
     generator = torch.Generator().manual_seed(seed)
     limit = tol * float(rows.plain.var(0, correction=0).mean())
-    state = _State.under(rows, _plus_plus(rows, k, generator))
-    extra = min(math.ceil(k * REDRAWN), len(rows.plain) - k)
-    if n_init > 1 and k > 1 and extra > 0:
-        state = _lloyd(rows, state, min(WARM_UP, max_iter), limit)
-        for _ in range(n_init - 1):
-            tried = _redrawn(rows, state, extra, min(SETTLE, max_iter), generator)
-            if tried.inertia < state.inertia:
-                state = tried
-            else:
-                extra = math.ceil(extra * SHRINK)
-    return _lloyd(rows, state, max_iter, limit).centroids
+    best: _State | None = None
+    for _ in range(n_init):
+        state = _lloyd(rows, _State.under(rows, _plus_plus(rows, k, generator)), max_iter, limit)
+        if best is None or state.inertia < best.inertia:
+            best = state
+    return best.centroids
 
 
 def _lloyd(rows: _Rows, state: _State, iterations: int, limit: float) -> _State:
@@ -212,42 +193,6 @@ def _moved(rows: _Rows, state: _State) -> Tensor:
     """The centroids (k, D) of a state's clusters."""
     k = len(state.centroids)
     return rows.means(_without_empty(state.clusters, state.distances, k), k)
-
-
-def _redrawn(rows: _Rows, state: _State, extra: int, iterations: int, generator: torch.Generator) -> _State:
-    """`extra` centroids more, drawn by squared distance, and then as many of the least useful fewer.
-
-    After Fritzke, "The breathing k-means algorithm" (2020), with random draws. Removing two centroids that are each
-    other's stand-in would cost more than their uses say, so the one nearest to a removed one stays.
-    """
-    fresh = _draw(state.distances, extra, generator)
-    if len(fresh) < extra:
-        return state
-    added = _lloyd(rows, _with_added(rows, state, rows.plain[fresh]), iterations - 1, 0.0)
-    centroids = _moved(rows, added)
-    blocks = centroids.split(max(1, rows.block // len(centroids)))
-    # the nearest is the centroid itself; among equal ones it may be either, which does no harm here
-    stand_in = [i for part in blocks for i in torch.cdist(part, centroids).topk(2, largest=False)[1][:, 1].tolist()]
-    by_use = torch.argsort(rows.use(centroids), stable=True).tolist()
-    removed, stays = [], set()
-    for centroid in by_use:
-        if centroid not in stays and len(removed) < extra:
-            removed.append(centroid)
-            stays.add(stand_in[centroid])
-    gone = set(removed)
-    removed += [centroid for centroid in by_use if centroid not in gone][: extra - len(removed)]
-    keep = torch.ones(len(by_use), dtype=torch.bool, device=centroids.device)
-    keep[removed] = False
-    return _lloyd(rows, _State.under(rows, centroids[keep]), iterations, 0.0)
-
-
-def _with_added(rows: _Rows, state: _State, fresh: Tensor) -> _State:
-    """The state with more centroids (E, D): only they have to be compared with the rows."""
-    clusters, distances = rows.nearest(fresh)
-    closer = distances < state.distances
-    clusters = torch.where(closer, clusters + len(state.centroids), state.clusters)
-    distances = torch.where(closer, distances, state.distances)
-    return _State(torch.cat([state.centroids, fresh]), clusters, distances, float(distances.sum(dtype=torch.float64)))
 
 
 def _without_empty(clusters: Tensor, distances: Tensor, k: int) -> Tensor:
@@ -281,8 +226,8 @@ def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def _plus_plus(rows: _Rows, k: int, generator: torch.Generator) -> Tensor:
     """k rows (k, D), drawn with probability proportional to the squared distance to those drawn before.
 
-    Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding" (2007); drawn in SEEDING_ROUNDS rounds
-    of several rows each, as one row at a time would cost a pass over the data per centroid.
+    Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding" (2007). Up to GREEDY_UP_TO clusters it is
+    their greedy variant, as in scikit-learn: of 2 + log k rows drawn, the one that lowers the inertia most is kept.
     """
     device = rows.plain.device
     chosen = torch.randint(len(rows.plain), (1,), generator=generator).to(device)
@@ -290,12 +235,21 @@ def _plus_plus(rows: _Rows, k: int, generator: torch.Generator) -> Tensor:
     while len(chosen) < k:
         distances = torch.minimum(distances, rows.nearest(rows.plain[fresh])[1])
         distances[distances <= rows.noise] = 0
-        wanted = min(-(-k // SEEDING_ROUNDS), k - len(chosen))
-        fresh = _draw(distances, wanted, generator).to(device)
-        if len(fresh) < wanted:
+        wanted = 1 if k <= GREEDY_UP_TO else min(-(-k // SEEDING_ROUNDS), k - len(chosen))
+        drawn = _draw(distances, 2 + int(math.log(k)) if k <= GREEDY_UP_TO else wanted, generator).to(device)
+        if len(drawn) < wanted:
             return _distinct(rows.plain, k, generator)
+        fresh = _most_useful(rows, distances, drawn) if k <= GREEDY_UP_TO else drawn
         chosen = torch.cat([chosen, fresh])
     return rows.plain[chosen]
+
+
+def _most_useful(rows: _Rows, distances: Tensor, drawn: Tensor) -> Tensor:
+    """The one (1,) of the rows `drawn` (T,) that leaves the least sum of squared distances (N,) if it is added."""
+    candidates = rows.plain[drawn]
+    to_each = rows.norms[:, None] + rows.norms[drawn] - 2 * rows.plain @ candidates.T  # (N, T)
+    left = torch.minimum(to_each.clamp_(min=0), distances[:, None]).sum(0)
+    return drawn[left.argmin()].view(1)
 
 
 def _distinct(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
