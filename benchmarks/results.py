@@ -60,7 +60,7 @@ def make_row(args: argparse.Namespace, method: str) -> None:
         return
     if method == "frozen":
         call("test.py", *common, *network, "--json", str(scores))
-        keep_file_name_only(scores)
+        keep_names_only(scores)
         return
     run = Path(args.checkpoint_dir) / name
     if (run / "last.pth").exists():
@@ -69,16 +69,18 @@ def make_row(args: argparse.Namespace, method: str) -> None:
         where = ["--checkpoint_dir", args.checkpoint_dir, "--model_name", name, "--seed", str(args.seed)]
         call("train.py", *common, *network, *where, "--n_epoch", str(args.n_epoch), *METHODS[method])
     shutil.copyfile(run / "config.json", args.out / f"{name}.config.json")
-    keep_file_name_only(args.out / f"{name}.config.json")
+    keep_names_only(args.out / f"{name}.config.json")
     shutil.copyfile(run / "metrics.jsonl", args.out / f"{name}.jsonl")
     call("test.py", *common, "--checkpoint_path", str(run / "last.pth"), "--json", str(scores))
+    keep_names_only(scores)
 
 
-def keep_file_name_only(path: Path) -> None:
-    """Of the weights' file, keep the name: where it lay is nobody's business."""
+def keep_names_only(path: Path) -> None:
+    """Of files that were read, keep the names: where they lay is nobody's business."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["weights"] = Path(content["weights"]).name
-    content.pop("checkpoint_dir", None)
+    for key in ("weights", "checkpoint", "checkpoint_dir"):
+        if content.get(key):
+            content[key] = Path(content[key]).name
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

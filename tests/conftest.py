@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 from utils.process import share_cores
 
 share_cores()  # before anything imports torch
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # so starts a shell what runs in its background, and programs started by tests would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
