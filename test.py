@@ -9,6 +9,7 @@ from pathlib import Path
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
 from utils.errors import UserError, run_script
 from utils.process import share_cores
+from utils.progress import progress
 
 
 def make_parser() -> Parser:
@@ -58,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     share_cores()
 
     import torch
-    from tqdm import tqdm
 
     from datasets import center_crops, load_split
     from utils.devices import choose_device
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     split = load_split(args.data_dir, args.dataset, "validation", args.image_size)
     torch.manual_seed(args.seed)
     model, what = load_network(args, device)
-    batches = tqdm(center_crops(split.images, args.test_batch, args.workers), "test features",
-                   total=-(-len(split) // args.test_batch), leave=False, disable=None)  # fmt: skip
+    batches = progress(center_crops(split.images, args.test_batch, args.workers), len(split) / args.test_batch,
+                       "test features")  # fmt: skip
     pooled, embeddings = extract_features(model, batches, args.precision)
     features = pooled if args.backbone else embeddings
     result = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, real, whole
 from utils.errors import UserError, run_script
 from utils.process import keep_freed_memory, share_cores
+from utils.progress import progress
 
 REMOVED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -293,8 +294,6 @@ def pseudo_label_images(model, training, args: argparse.Namespace, epoch: int, s
     mine = args.positives == "nn" or (args.positives == "auto" and args.dataset == "cub200")
     if not mine and args.pseudo_labels == "rim":
         return None, None, {}
-    import torch
-
     from datasets import center_crops
     from utils import clustering, metrics, search
     from utils.features import extract_features
@@ -316,7 +315,7 @@ def pseudo_label_images(model, training, args: argparse.Namespace, epoch: int, s
     except (ValueError, ImportError) as error:
         raise UserError(f"epoch {epoch}: cannot cluster the training images: {error}") from None
     labels = labels.cpu()
-    sizes = torch.bincount(labels, minlength=args.n_cluster)
+    sizes = clustering.cluster_sizes(labels, args.n_cluster)
     logged = {"cluster_sizes": sizes.tolist(), "kmeans_engine": engine}
     if state["pseudo_labels"] is not None:
         logged["nmi_to_previous_clusters"] = metrics.nmi(labels, state["pseudo_labels"].cpu())
@@ -365,13 +364,6 @@ def evaluate(model, validation, args: argparse.Namespace) -> dict:
                        len(validation) / args.test_batch, "test features")  # fmt: skip
     _, embeddings = extract_features(model, batches, args.precision)
     return score(embeddings.to(next(model.parameters()).device), validation.labels)
-
-
-def progress(items, total: float, title: str):
-    """A progress bar on a terminal, nothing in a log."""
-    from tqdm import tqdm
-
-    return tqdm(items, title, total=-int(-total // 1), leave=False, disable=None, dynamic_ncols=True)
 
 
 def start_log(args: argparse.Namespace, run: Path) -> None:

@@ -1,12 +1,23 @@
-"""A tiny data set of coloured shapes that a network learns within seconds, written as pre-processing writes it."""
+"""What tests make: a tiny data set of coloured shapes, learnt in seconds, and an object that must not be unpickled."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40), (200, 60, 220), (40, 210, 210))
+
+
+class Malicious:
+    """Pickles into a call that leaves a folder behind when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
 
 
 def shapes(count: int, classes: range, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

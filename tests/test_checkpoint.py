@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from synthetic import Malicious
 
 from models import build_model, load_checkpoint
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Malicious:
-    """Pickles into a call that leaves a folder behind when it is unpickled."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import urllib.error
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from synthetic import Malicious
 
 from models import build_model, weights
 from models.googlenet import CAFFE_BLOCKS
@@ -22,16 +22,6 @@ from utils.errors import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parent / "golden"
 CAFFE_NAMES = {str(place): name for name, place in CAFFE_BLOCKS.items()}
-
-
-class Malicious:
-    """Pickles into a call that leaves a file behind when it is unpickled."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.fixture(scope="module")
