@@ -35,6 +35,8 @@ def make_parser() -> Parser:
     g.add_argument("--seed", type=whole(0), default=0, help="of the k-means behind NMI, and of a random backbone")
     g = p.add_argument_group("machine")
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch")
+    g.add_argument("--eval_memory_mb", type=whole(1), default=512,
+                   help="MiB for the search for neighbours beside the embeddings; changes speed alone")  # fmt: skip
     g.add_argument("--workers", type=whole(0), default=2, help="threads that cut crops ahead; changes speed alone")
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
     g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32", help="of the network")
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         "dimension": features.shape[1],
         "precision": args.precision,
         "device": device.type,
-        **score(features.to(device), split.labels, args.seed, args.nmi_engine),
+        **score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb),
     }
     write_outputs(args, features, result)
     print_result(result)

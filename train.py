@@ -24,7 +24,7 @@ REMOVED = {
     "--batch_m": "had no effect in the released code; leave it out (--neg_m weights the sums over other clusters)",
 }
 CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch"}  # on --resume, as well as the next line
-CHANGEABLE |= {"device", "data_on", "workers", "log_dir", "data_dir"}
+CHANGEABLE |= {"device", "data_on", "workers", "log_dir", "data_dir", "eval_memory_mb", "compile"}
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
 log = logging.getLogger("train")
 
@@ -76,6 +76,8 @@ def make_parser() -> Parser:
     g.add_argument("--seed", type=whole(0), default=1024, help="of everything random")
     g = p.add_argument_group("evaluation")
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch in evaluation and feature passes")
+    g.add_argument("--eval_memory_mb", type=whole(1), default=512,
+                   help="MiB for searches for neighbours beside the features; changes speed alone")  # fmt: skip
     g.add_argument("--interval", type=whole(1), default=1, help="evaluate every so many epochs (and after the last)")
     g = p.add_argument_group("run")
     g.add_argument("--model_name", type=folder_name, help="name of the run's folder (default: CBSwR_<DATASET>)")
@@ -88,6 +90,9 @@ def make_parser() -> Parser:
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
     g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32",
                    help="bf16: the network in bfloat16; losses and distances stay float32")  # fmt: skip
+    g.add_argument("--compile", action="store_true",
+                   help="run the backbone through torch.compile: the first steps take minutes, later ones may be "
+                   "quicker; the last digits differ")  # fmt: skip
     g.add_argument("--data_on", type=name_of(("auto", "device", "host")), default="auto",
                    help="device: the training images lie on the GPU and are cropped there; auto: if half of its free "
                    "memory holds them")  # fmt: skip
@@ -302,7 +307,9 @@ def pseudo_label_images(model, training, args: argparse.Namespace, epoch: int, s
                        f"epoch {epoch}: features")  # fmt: skip
     pooled, _ = extract_features(model, batches, args.precision)
     pooled = pooled.to(next(model.parameters()).device)
-    positives = search.nearest_neighbors(pooled, 1)[1][:, 0].cpu().numpy() if mine else None
+    positives = (
+        search.nearest_neighbors(pooled, 1, memory_mb=args.eval_memory_mb)[1][:, 0].cpu().numpy() if mine else None
+    )
     if args.pseudo_labels == "rim":
         return positives, None, {}
     engine = args.kmeans_engine
@@ -363,7 +370,7 @@ def evaluate(model, validation, args: argparse.Namespace) -> dict:
     batches = progress(center_crops(validation.images, args.test_batch, args.workers),
                        len(validation) / args.test_batch, "test features")  # fmt: skip
     _, embeddings = extract_features(model, batches, args.precision)
-    return score(embeddings.to(next(model.parameters()).device), validation.labels)
+    return score(embeddings.to(next(model.parameters()).device), validation.labels, memory_mb=args.eval_memory_mb)
 
 
 def start_log(args: argparse.Namespace, run: Path) -> None:

@@ -98,6 +98,7 @@ class LocalResponseNorm(nn.Module):
             )
         self.kind, self.size, self.alpha, self.beta, self.k = kind, size, alpha, beta, k
 
+    @torch.compiler.disable  # a torch.compile'd backbone calls it as it is: its chunks are no work for the compiler
     def forward(self, x: Tensor) -> Tensor:
         return _LocalResponseNorm.apply(x, self.kind, self.size, self.alpha, self.beta, self.k)
 

@@ -10,18 +10,20 @@ from utils.errors import UserError
 
 RECALL_AT = (1, 2, 4, 8)
 NMI_RESTARTS, NMI_ITERATIONS = 10, 300  # scikit-learn's defaults, which the released code used
+EVAL_MEMORY_MB = 512
 
 
-def score(embeddings: Tensor, labels, seed: int = 0, engine: str = "auto") -> dict:
+def score(embeddings: Tensor, labels, seed: int = 0, engine: str = "auto", memory_mb: float = EVAL_MEMORY_MB) -> dict:
     """R@1/2/4/8 and NMI, shares in [0, 1], of embeddings (N, D) with labels (N,): {"recall@1": .., "nmi": ..}.
 
     "nmi_protocol" says how the clusters were found, by which `engine` of `clustering.kmeans`: the figure depends on it.
+    memory_mb bounds what the search for neighbours takes beside the embeddings, in MiB; no score depends on it.
     Raises UserError where there are fewer distinct embeddings than classes, as after a collapse.
     """
     classes = len(torch.unique(torch.as_tensor(labels)))
     if classes < 2:
         raise UserError("the test half holds images of one class only: any embedding would score 100")
-    recall = metrics.recall_at_k(embeddings, labels, RECALL_AT)
+    recall = metrics.recall_at_k(embeddings, labels, RECALL_AT, memory_mb=memory_mb)
     if engine == "auto":
         engine = clustering.pick_engine(len(embeddings), embeddings.shape[1], classes, embeddings.device)
     try:
