@@ -169,7 +169,7 @@ class State:
     rows: list[dict] = field(default_factory=list)  # their metrics
     pseudo_labels: Tensor | None = None  # (N,) int64, of the last clustering
     current: EpochUnderWay | None = None
-    whole: bool = True  # False inside a step: not to be saved
+    whole: bool = True  # False inside a step and after a failed save: not to be saved when a fault ends the run
 
     def end_epoch(self, row: dict) -> None:
         """Count the epoch of these metrics as done."""
@@ -449,6 +449,7 @@ def save(job: Job, best: bool = False) -> None:
 
     state = job.state
     check_weights(job.model, where(job))
+    state.whole = False
     job.run.save(
         {
             "model": job.model.state_dict(),
@@ -463,6 +464,7 @@ def save(job: Job, best: bool = False) -> None:
         },
         best,
     )
+    state.whole = True
 
 
 def end_epoch(job: Job, row: dict) -> None:
