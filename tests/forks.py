@@ -68,8 +68,6 @@ def _child(order: dict) -> None:
 
 
 def _serve() -> None:
-    import faiss  # noqa: F401
-    import sklearn.cluster  # noqa: F401
     import torch
 
     import datasets  # noqa: F401
