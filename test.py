@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from utils.stopping import StopRequest, interrupt_in_one_line
+
+if __name__ == "__main__":
+    interrupt_in_one_line()  # the imports below take a while
+
 import json
 import sys
 from pathlib import Path
@@ -44,7 +49,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load, embed, score, print."""
+    """Read the options, then do the work."""
     parser = make_parser()
     args = parser.parse(sys.argv[1:] if argv is None else argv)
     if (args.checkpoint_path is None) == (args.backbone is None):
@@ -59,7 +64,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.save_embeddings and not args.save_embeddings.endswith(".npy"):
         parser.error(f"--save_embeddings {args.save_embeddings}: the name must end in .npy")
     share_cores()
+    import models  # noqa: F401  # and torch: slow, so before StopRequest takes over
 
+    with StopRequest() as stop, stop.at_once():
+        test(args)
+    return 0
+
+
+def test(args) -> None:
+    """Load, embed, score, print."""
     import torch
 
     from datasets import center_crops, load_split
@@ -71,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     split = load_split(args.data_dir, args.dataset, "validation", args.image_size)
     torch.manual_seed(args.seed)
     model, what = load_network(args, device)
-    batches = progress(center_crops(split.images, args.test_batch, args.workers), len(split) / args.test_batch,
-                       "test features")  # fmt: skip
+    batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged)
+    batches = progress(batches, len(split) / args.test_batch, "test features")
     pooled, embeddings = extract_features(model, batches, args.precision)
     features = pooled if args.backbone else embeddings
     result = {
@@ -88,7 +101,6 @@ def main(argv: list[str] | None = None) -> int:
     }
     write_outputs(args, features, result)
     print_result(result)
-    return 0
 
 
 def load_network(args, device):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import DivergedError
 
 
 def network_autocast(device: torch.device | str, precision: str) -> torch.autocast:
@@ -21,7 +21,7 @@ def extract_features(model: Any, batches: Iterable[Tensor], precision: str = "fp
     """Pooled features (N, C) and embeddings (N, D) of all images, of unit length, float32 on the CPU.
 
     batches: uint8 RGB tensors (b, H, W, 3). The model's training mode is restored afterwards.
-    Raises UserError when a feature is not finite, as in a network whose training diverged.
+    Raises DivergedError when a feature is not finite, as in a network whose training diverged.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -37,5 +37,5 @@ def extract_features(model: Any, batches: Iterable[Tensor], precision: str = "fp
         model.train(was_training)
     features = torch.cat(pooled), torch.cat(embeddings)
     if not all(part.isfinite().all() for part in features):
-        raise UserError("the network's features are not finite: its training diverged; train it with a lower --lr")
+        raise DivergedError("the network's features are not finite: its training diverged")
     return features
