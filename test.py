@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
 from utils.errors import UserError, run_script
-from utils.process import share_cores
+from utils.process import is_first, share_cores
 from utils.progress import progress
+
+if TYPE_CHECKING:  # --help does not wait for these
+    from utils.distributed import Processes
 
 
 def make_parser() -> Parser:
@@ -58,6 +63,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--save_embeddings {args.save_embeddings}: the name must end in .npy")
     share_cores()
 
+    from utils.distributed import joined
+
+    with joined() as processes:
+        run(args, processes)
+    return 0
+
+
+def run(args: argparse.Namespace, processes: Processes) -> None:
+    """All that follows the options; each process computes some of the features, the first scores them."""
     import torch
 
     from datasets import center_crops, load_split
@@ -65,13 +79,16 @@ def main(argv: list[str] | None = None) -> int:
     from utils.evaluation import score
     from utils.features import extract_features
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, processes)
     split = load_split(args.data_dir, args.dataset, "validation", args.image_size)
+    processes.check_same({"--test_batch": args.test_batch, str(split.path): split.images.shape})
     torch.manual_seed(args.seed)
     model, what = load_network(args, device)
-    batches = progress(center_crops(split.images, args.test_batch, args.workers), len(split) / args.test_batch,
-                       "test features")  # fmt: skip
-    pooled, embeddings = extract_features(model, batches, args.precision)
+    batches = progress(center_crops(split.images, args.test_batch, args.workers, processes.share),
+                       len(split) / args.test_batch / processes.count, "test features")  # fmt: skip
+    pooled, embeddings = extract_features(model, batches, args.precision, processes)
+    if not processes.first:
+        return
     features = pooled if args.backbone else embeddings
     result = {
         **what,
@@ -86,7 +103,6 @@ def main(argv: list[str] | None = None) -> int:
     }
     write_outputs(args, features, result)
     print_result(result)
-    return 0
 
 
 def load_network(args, device):
@@ -116,7 +132,10 @@ def find_checkpoint(given: str) -> Path:
     best = run / "best.pth"
     if not best.is_file():
         raise UserError(f"{best}: no such file; {run} holds no finished epoch yet")
-    print(f"{given}: taking {best}, the epoch that was best on the test half (chosen on test; last.pth is the last)")
+    if is_first():
+        print(
+            f"{given}: taking {best}, the epoch that was best on the test half (chosen on test; last.pth is the last)"
+        )
     return best
 
 

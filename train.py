@@ -6,25 +6,46 @@ images -> views -> backbone -> feature map -> embedding -> pseudo-labels -> cent
 
 from __future__ import annotations
 
+from utils.stopping import Stopped, StopRequest, interrupt_in_one_line
+
+if __name__ == "__main__":
+    interrupt_in_one_line()  # the imports below take a while
+
 import argparse
 import logging
 import os
 import sys
 import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, real, whole
-from utils.errors import UserError, run_script
+from utils.errors import DivergedError, UserError, run_script
 from utils.process import keep_freed_memory, share_cores
 from utils.progress import progress
+from utils.runs import BEST, LAST, RunFolder
+
+if TYPE_CHECKING:  # --help does not wait for these
+    from collections.abc import Callable, Iterator
+
+    import torch
+    from torch import Tensor
+
+    from datasets import Split
+    from models import CBSwR
+    from utils.distributed import Processes
 
 REMOVED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
     "--cl": "weighted a loss that the released code did not have; leave it out",
     "--batch_m": "had no effect in the released code; leave it out (--neg_m weights the sums over other clusters)",
 }
-CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch"}  # on --resume, as well as the next line
+CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps"}  # on --resume, with these:
 CHANGEABLE |= {"device", "data_on", "workers", "log_dir", "data_dir"}
+MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ between machines of one job
+LOSSES = ("loss", "metric", "rim", "reconstruction")
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
 log = logging.getLogger("train")
 
@@ -82,7 +103,10 @@ def make_parser() -> Parser:
     g.add_argument("--checkpoint_dir", default="new_checkpoint", help="the folder that holds the runs' folders")
     g.add_argument("--log_dir", help="where <model_name>.log goes, all that is printed (default: the run's folder)")
     g.add_argument("--config", metavar="FILE", help="JSON file of options; the command line stands above it")
-    g.add_argument("--resume", metavar="RUN", help="continue a run: its folder or its last.pth")
+    g.add_argument("--checkpoint_every_steps", type=whole(0), default=0, metavar="N",
+                   help="save every N steps of an epoch, too; 0: after every epoch")  # fmt: skip
+    g.add_argument("--resume", metavar="RUN", help="continue a run to the same numbers: its folder or a checkpoint in "
+                   "it; --lr may change, --n_epoch, --interval and what is about saving and the machine")  # fmt: skip
     g.add_argument("--overwrite", action="store_true", help="start afresh where a finished or stopped run lies")
     g = p.add_argument_group("machine")
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
@@ -126,90 +150,232 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@dataclass
+class EpochUnderWay:
+    """What an epoch has drawn from the network at its start, and how far it is."""
+
+    positives: Tensor | None  # (N,) int64
+    clustering: dict  # what to log of the pseudo-labels
+    losses: Tensor  # sums of LOSSES over the steps done, (4,) float64
+    step: int = 0  # steps done
+    seconds: dict[str, float] = field(default_factory=lambda: {"features": 0.0, "train": 0.0})
+
+
+@dataclass
+class State:
+    """Where a run stands: all that decides what follows, beside the options, weights, optimiser and generators."""
+
+    epoch: int = 0  # epochs done
+    rows: list[dict] = field(default_factory=list)  # their metrics
+    pseudo_labels: Tensor | None = None  # (N,) int64, of the last clustering
+    current: EpochUnderWay | None = None
+    whole: bool = True  # False inside a step: not to be saved
+
+    def end_epoch(self, row: dict) -> None:
+        """Count the epoch of these metrics as done."""
+        self.epoch, self.current = row["epoch"], None
+        self.rows.append(row)
+
+
+@dataclass
+class Job:
+    """What the functions of this script work on."""
+
+    args: argparse.Namespace
+    config: dict  # the options as they are saved
+    device: torch.device
+    training: Split
+    validation: Split
+    resident: Tensor | None  # the training images, where they lie on the GPU
+    model: CBSwR
+    step: torch.nn.Module  # the losses of a batch
+    optimizer: torch.optim.Optimizer
+    run: RunFolder
+    state: State
+    stop: StopRequest
+    processes: Processes
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Wire the rooms together and run the epochs."""
+    """Wire the rooms together and train, until the last epoch or a request to stop."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     share_cores()
+    run = RunFolder(Path(args.checkpoint_dir) / args.model_name)
+    with StopRequest() as stop, ExitStack() as stack:
+        with stop.at_once():
+            from utils.distributed import joined
+
+            processes = stack.enter_context(joined())
+            stack.callback(run.close)
+            job = set_up(args, run, stop, processes)
+        stop.agree = processes.largest if processes.count > 1 else None
+        try:
+            train(job)
+        except Stopped as stopped:
+            save(job)
+            log.info("%s %s; all is saved, continue with: python train.py --resume %s", stopped, where(job), run.path)
+            return stopped.status
+        except DivergedError as fault:
+            raise DivergedError(f"{fault}; the last good state stays in {run.path}: go on from it with a lower rate, "
+                                f"python train.py --resume {run.path} --lr {args.lr / 10:g}") from None  # fmt: skip
+        except Exception:
+            if job.state.whole:
+                with suppress(Exception):  # the first fault is the one to report
+                    save(job)
+            raise
+    return 0
+
+
+def train(job: Job) -> None:
+    """The epochs: pseudo-labels and positives, steps, evaluation, checkpoint."""
+    args, state = job.args, job.state
+    if args.n_epoch == 0 and not state.rows:
+        with job.stop.at_once():
+            scores = evaluate(job)
+        end_epoch(job, {"epoch": 0, **scores, "best": True})
+    while state.epoch < args.n_epoch:
+        if state.current is None:
+            state.current = begin_epoch(job)
+        train_steps(job)
+        row = {"epoch": state.epoch + 1, "lr": args.lr, **mean_losses(state.current), **state.current.clustering}
+        started = time.perf_counter()
+        if row["epoch"] % args.interval == 0 or row["epoch"] == args.n_epoch:
+            with job.stop.at_once():
+                row |= evaluate(job)
+            row["best"] = row["recall@1"] > max((r["recall@1"] for r in state.rows if "recall@1" in r), default=-1.0)
+        row["seconds"] = {**state.current.seconds, "evaluate": time.perf_counter() - started}
+        row["seconds"]["epoch"] = sum(row["seconds"].values())
+        row["images_per_second"] = 2 * state.current.step * args.batch_size / row["seconds"]["train"]
+        end_epoch(job, row)
+    print_summary(state.rows, job.run.path)
+
+
+def begin_epoch(job: Job) -> EpochUnderWay:
+    """Find the epoch's positives and pseudo-labels."""
     import torch
 
-    from datasets import EpochPlan, ResidentLoader, TwoViewLoader, load_split
+    started = time.perf_counter()
+    with job.stop.at_once():
+        positives, pseudo_labels, clustering = pseudo_label_images(job)
+    if pseudo_labels is not None:
+        job.state.pseudo_labels = pseudo_labels
+    epoch = EpochUnderWay(positives, clustering, torch.zeros(len(LOSSES), dtype=torch.float64))
+    epoch.seconds["features"] = time.perf_counter() - started
+    return epoch
+
+
+def train_steps(job: Job) -> None:
+    """The steps that the epoch under way still needs; a request to stop is met after each."""
+    from datasets import EpochPlan, ResidentLoader, TwoViewLoader
+    from utils.finite import LossWatch, check_weights
+
+    args, state, epoch = job.args, job.state, job.state.current
+    positives = None if epoch.positives is None else epoch.positives.numpy()
+    plan = EpochPlan(len(job.training), args.batch_size, job.training.image_size, args.seed, state.epoch + 1, positives,
+                     job.processes.share)  # fmt: skip
+    if job.resident is None:
+        loader = TwoViewLoader(job.training.images, plan, args.workers, epoch.step)
+    else:
+        loader = ResidentLoader(job.resident, plan, epoch.step)
+    watch = LossWatch(LOSSES)
+    job.model.train()
+    before, started = epoch.seconds["train"], time.perf_counter()
+    for views, images in progress(loader, len(loader), f"epoch {state.epoch + 1}: train"):
+        state.whole = False
+        losses = train_step(job, views, images)
+        epoch.losses = epoch.losses.to(job.device) + losses
+        epoch.step += 1
+        state.whole = True
+        epoch.seconds["train"] = before + time.perf_counter() - started
+        watch.add(f"epoch {state.epoch + 1}, step {epoch.step} of {len(plan)}", losses)
+        if args.checkpoint_every_steps and epoch.step % args.checkpoint_every_steps == 0 and epoch.step < len(plan):
+            watch.finish()
+            save(job)
+        job.stop.check()
+    watch.finish()
+    check_weights(job.model, where(job))
+
+
+def train_step(job: Job, views: Tensor, images: Tensor) -> Tensor:
+    """One step of SGD on a batch of views (2m, crop, crop, 3); its LOSSES, float64 on the device.
+
+    Of many processes each has its share of the views, and all have the losses of the whole batch.
+    """
+    import torch
+
+    from utils.features import network_autocast
+
+    labels = None
+    inputs = job.model.normalization(views.to(job.device, non_blocking=True))  # (2m, 3, H, W)
+    if job.args.pseudo_labels == "kmeans":
+        labels = job.state.pseudo_labels[images].to(job.device)
+    with network_autocast(job.device, job.args.precision):
+        losses = job.step(inputs, labels)
+    job.optimizer.zero_grad(set_to_none=True)
+    losses["loss"].backward()
+    job.optimizer.step()
+    return torch.stack([losses[name].detach().double() for name in LOSSES])
+
+
+def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processes: Processes) -> Job:
+    """Load the data, make the network or load the run to continue, and open the run's folder."""
+    import torch
+
+    from datasets import load_split
     from models import build_model
-    from utils import runs
+    from models.batch_norm import share_batch_norm
     from utils.devices import choose_device
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, processes)
     if device.type == "cpu":
         keep_freed_memory()
     training = load_split(args.data_dir, args.dataset, "training", args.image_size)
     validation = load_split(args.data_dir, args.dataset, "validation", training.image_size)
-    check_sizes(args, training, validation)
-    run = Path(args.checkpoint_dir) / args.model_name
-    saved = load_run(run, device) if args.resume else None
-    held = [] if saved else files_to_overwrite(run, args.overwrite)
+    check_sizes(args, training, validation, processes.count)
+    config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
+    processes.check_same({f"--{name}": config[name] for name in sorted(config.keys() - MACHINE)}
+                         | {str(split.path): split.images.shape for split in (training, validation)})  # fmt: skip
+    stale = run.files_to_overwrite(args.overwrite) if processes.first and not args.resume else []
+    saved = processes.from_first(load_run(run, args.resume) if processes.first and args.resume else None)
 
     resident = to_device(training.images, device, args.data_on)
     torch.manual_seed(args.seed)
-    weights = "none" if saved else args.weights
-    model = build_model(args.backbone, args.n_cluster, args.low_dim, weights)
+    model = build_model(args.backbone, args.n_cluster, args.low_dim, "none" if saved else args.weights)
     model = model.to(device, memory_format=torch.channels_last)
+    model.base_model = share_batch_norm(model.base_model, processes, device)
+    step = training_step(args, model, device, processes)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
-
-    run.mkdir(parents=True, exist_ok=True)
-    for path in held:  # not before the new run is sure to start
-        path.unlink()
-    start_log(args, run)
-    rows, state = begin_or_continue(saved, model, optimizer)
-    config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
-    runs.save_config(run, config)
-    runs.save_metrics(run, rows)
-    log.info("%s: %d training images, %d test images of %d classes, %d px; %s on %s in %s; run folder %s",
+    job = Job(args, config, device, training, validation, resident, model, step, optimizer, run, State(), stop,
+              processes)  # fmt: skip
+    if saved:
+        restore(job, saved)
+    if processes.first:
+        run.begin(config, job.state.rows, stale)  # not before the new run is sure to start
+        start_log(args, run.path)
+    log.info("%s: %d training images, %d test images of %d classes, %d px; %s on %s in %s%s; run folder %s",
              args.dataset, len(training), len(validation), len(set(validation.labels.tolist())), training.image_size,
-             args.backbone, device, args.precision, run)  # fmt: skip
-
-    def save(epoch: int) -> None:
-        content = {"model": model.state_dict(), "epoch": epoch, "optimizer": optimizer.state_dict(), "config": config,
-                   "metrics": rows, **state, "rng": random_state(device)}  # fmt: skip
-        if rows[-1].get("best"):  # first, so that a run stopped in between makes it again when it is resumed
-            runs.save_checkpoint(run / runs.BEST, content)
-            runs.link_checkpoint(run / runs.BEST, run / runs.LAST)
-        else:
-            runs.save_checkpoint(run / runs.LAST, content)
-        runs.save_metrics(run, rows)
-
-    if saved and state["epoch"] >= args.n_epoch:
-        log.info("%s has its %d epochs already; give a larger --n_epoch to go on", run, state["epoch"])
-    if args.n_epoch == 0 and not saved:
-        rows.append({"epoch": 0, **evaluate(model, validation, args), "best": True})
-        print_epoch(rows[-1])
-        save(0)
-    for epoch in range(state["epoch"] + 1, args.n_epoch + 1):
-        started = time.perf_counter()
-        positives, pseudo_labels, clustering = pseudo_label_images(model, training, args, epoch, state)
-        features_done = time.perf_counter()
-        plan = EpochPlan(len(training), args.batch_size, training.image_size, args.seed, epoch, positives)
-        if resident is None:
-            loader = TwoViewLoader(training.images, plan, args.workers)
-        else:
-            loader = ResidentLoader(resident, plan)
-        losses = train_epoch(model, optimizer, loader, pseudo_labels, args, epoch)
-        train_done = time.perf_counter()
-        row = {"epoch": epoch, **losses, **clustering}
-        if epoch % args.interval == 0 or epoch == args.n_epoch:
-            row |= evaluate(model, validation, args)
-            row["best"] = row["recall@1"] > max((r["recall@1"] for r in rows if "recall@1" in r), default=-1.0)
-        done = time.perf_counter()
-        row["seconds"] = {"features": features_done - started, "train": train_done - features_done,
-                          "evaluate": done - train_done, "epoch": done - started}  # fmt: skip
-        row["images_per_second"] = 2 * len(plan) * args.batch_size / row["seconds"]["train"]
-        rows.append(row)
-        state["epoch"] = epoch
-        print_epoch(row)
-        save(epoch)
-    print_summary(rows, run)
-    return 0
+             args.backbone, device, args.precision,
+             f", {processes.count} processes" if processes.count > 1 else "", run.path)  # fmt: skip
+    if args.resume:
+        log.info("continuing %s", where(job))
+    if saved and job.state.epoch >= args.n_epoch:
+        log.info("%s has its %d epochs already; give a larger --n_epoch to go on", run.path, job.state.epoch)
+    return job
 
 
-def check_sizes(args: argparse.Namespace, training, validation) -> None:
+def training_step(
+    args: argparse.Namespace, model: CBSwR, device: torch.device, processes: Processes
+) -> torch.nn.Module:
+    """The module that gives the losses of a batch; of many processes each takes its share of the batch."""
+    from losses import TrainingStep
+
+    weights = (args.ml, args.rim, args.recon)
+    step = TrainingStep(model, weights, temperature=args.t, alpha=args.alpha, mu=args.mu, neg_m=args.neg_m,
+                        recon_target=args.recon_target, processes=processes)  # fmt: skip
+    return processes.parallel(step, device, every_weight=all(weights))
+
+
+def check_sizes(args: argparse.Namespace, training, validation, processes: int) -> None:
     """Options that the data set limits, and a test half that cannot be scored."""
     count = len(training)
     if len(set(validation.labels.tolist())) < 2:
@@ -218,6 +384,9 @@ def check_sizes(args: argparse.Namespace, training, validation) -> None:
         raise UserError(
             f"--batch_size {args.batch_size}: the training half of {args.dataset} holds {count} images only"
         )
+    if args.batch_size % processes:
+        raise UserError(f"--batch_size {args.batch_size}: {processes} processes cannot share a batch evenly; give a "
+                        f"multiple of {processes}, or start another number of processes")  # fmt: skip
     if args.n_cluster > count:
         raise UserError(f"--n_cluster {args.n_cluster}: more clusters than the {count} training images")
 
@@ -238,47 +407,88 @@ def to_device(images, device, data_on: str):
     return resident
 
 
-def files_to_overwrite(run: Path, overwrite: bool) -> list[Path]:
-    """The files of a run that lies in the folder `run` already. UserError if it has checkpoints, unless `overwrite`."""
-    from utils import runs
+def load_run(run: RunFolder, resume: str) -> dict | None:
+    """The content of the checkpoint that --resume names, None for a run that was stopped before its first.
 
-    held = [run / name for name in (runs.LAST, runs.BEST, runs.METRICS, runs.CONFIG) if (run / name).exists()]
-    if {run / runs.LAST, run / runs.BEST} & set(held) and not overwrite:
-        raise UserError(f"{run}: holds a run already; continue it with --resume {run}, choose another --model_name, "
-                        f"or start afresh with --overwrite")  # fmt: skip
-    return held
-
-
-def load_run(run: Path, device) -> dict:
-    """The content of a run's last.pth. Raises UserError when there is none."""
+    Raises UserError when there is none to continue from.
+    """
     from models.weights import read_torch_file
-    from utils import runs
 
-    if not (run / runs.LAST).is_file():
-        raise UserError(f"{run}: the run was stopped before its first epoch was done; start it again without --resume")
-    saved = read_torch_file(run / runs.LAST, device)
+    run.lock()
+    last, best = run.path / LAST, run.path / BEST
+    path = Path(resume) if Path(resume).suffix == ".pth" else last
+    if path.name != LAST and last.exists():
+        raise UserError(f"--resume {path}: {last} is there, and would be lost; continue from that, or move it away")
+    if not path.is_file():
+        if best.is_file():
+            raise UserError(f"{path}: no such file; continue from the best epoch with --resume {best}")
+        if path != last or run.has_metrics():
+            raise UserError(f"{path}: no such file; put it back, or start again without --resume")
+        return None
+    saved = read_torch_file(path)
     if not isinstance(saved, dict) or not {"model", "optimizer", "epoch", "rng", "metrics"} <= saved.keys():
-        raise UserError(f"{run / runs.LAST}: not a checkpoint that training can continue from")
+        raise UserError(f"{path}: not a checkpoint that training can continue from")
     return saved
 
 
-def begin_or_continue(saved: dict | None, model, optimizer) -> tuple[list[dict], dict]:
-    """Rows of metrics so far and the loop's state; a saved run's weights, optimiser and generators are put back."""
-    if saved is None:
-        return [], {"epoch": 0, "pseudo_labels": None}
+def restore(job: Job, saved: dict) -> None:
+    """Put back a saved run's weights, optimiser, generators and state."""
     import torch
 
     try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        job.model.load_state_dict(saved["model"])
+        job.optimizer.load_state_dict(saved["optimizer"])
+        current = EpochUnderWay(**saved["current"]) if saved.get("current") else None
+        job.state = State(saved["epoch"], saved["metrics"], saved["pseudo_labels"], current)
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if "cuda" in saved["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--resume: last.pth does not fit the run's config.json ({str(error).splitlines()[0]})"
+            f"--resume: the checkpoint does not fit the run's config.json ({str(error).splitlines()[0]})"
         ) from None
-    torch.set_rng_state(saved["rng"]["cpu"].cpu())
-    if "cuda" in saved["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
-    return saved["metrics"], {"epoch": saved["epoch"], "pseudo_labels": saved["pseudo_labels"]}
+    for group in job.optimizer.param_groups:
+        group["lr"] = job.args.lr  # the one option of the method that may change
+
+
+def save(job: Job, best: bool = False) -> None:
+    """Write the checkpoint; all that a run leaves behind is written here, by `RunFolder.begin` and by the log.
+
+    Raises DivergedError instead of saving weights that are not finite, UserError when the disk is at fault.
+    """
+    from utils.finite import check_weights
+
+    state = job.state
+    check_weights(job.model, where(job))
+    if not job.processes.first:
+        return
+    job.run.save(
+        {
+            "model": job.model.state_dict(),
+            "epoch": state.epoch,
+            "optimizer": job.optimizer.state_dict(),
+            "config": job.config,
+            "metrics": state.rows,
+            "pseudo_labels": state.pseudo_labels,
+            "current": vars(state.current) if state.current else None,
+            "rng": random_state(job.device),
+        },
+        best,
+    )
+
+
+def end_epoch(job: Job, row: dict) -> None:
+    """Count the epoch as done, save, then print: what is printed is on the disk."""
+    job.state.end_epoch(row)
+    save(job, row.get("best", False))
+    print_epoch(row)
+
+
+def where(job: Job) -> str:
+    """How far the run is, in words."""
+    state = job.state
+    step = f", step {state.current.step} of epoch {state.epoch + 1}" if state.current else ""
+    return f"after epoch {state.epoch}{step}"
 
 
 def random_state(device) -> dict:
@@ -289,20 +499,22 @@ def random_state(device) -> dict:
     return state | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else state
 
 
-def pseudo_label_images(model, training, args: argparse.Namespace, epoch: int, state: dict):
+def pseudo_label_images(job: Job) -> tuple[Tensor | None, Tensor | None, dict]:
     """One feature pass for mining and clustering: positives (N,) or None, pseudo-labels (N,) or None, what to log."""
+    args, training, epoch = job.args, job.training, job.state.epoch + 1
     mine = args.positives == "nn" or (args.positives == "auto" and args.dataset == "cub200")
     if not mine and args.pseudo_labels == "rim":
         return None, None, {}
-    from datasets import center_crops
-    from utils import clustering, metrics, search
-    from utils.features import extract_features
+    pooled, _ = features(job, training, f"epoch {epoch}: features")
+    return by_first(job, lambda: mine_and_cluster(job, pooled.to(job.device), mine))
 
-    batches = progress(center_crops(training.images, args.test_batch, args.workers), len(training) / args.test_batch,
-                       f"epoch {epoch}: features")  # fmt: skip
-    pooled, _ = extract_features(model, batches, args.precision)
-    pooled = pooled.to(next(model.parameters()).device)
-    positives = search.nearest_neighbors(pooled, 1)[1][:, 0].cpu().numpy() if mine else None
+
+def mine_and_cluster(job: Job, pooled: Tensor, mine: bool) -> tuple[Tensor | None, Tensor | None, dict]:
+    """`pseudo_label_images` from the pooled features (N, C)."""
+    from utils import clustering, metrics, search
+
+    args, epoch = job.args, job.state.epoch + 1
+    positives = search.nearest_neighbors(pooled, 1)[1][:, 0].cpu() if mine else None
     if args.pseudo_labels == "rim":
         return positives, None, {}
     engine = args.kmeans_engine
@@ -317,53 +529,51 @@ def pseudo_label_images(model, training, args: argparse.Namespace, epoch: int, s
     labels = labels.cpu()
     sizes = clustering.cluster_sizes(labels, args.n_cluster)
     logged = {"cluster_sizes": sizes.tolist(), "kmeans_engine": engine}
-    if state["pseudo_labels"] is not None:
-        logged["nmi_to_previous_clusters"] = metrics.nmi(labels, state["pseudo_labels"].cpu())
-    state["pseudo_labels"] = labels
+    if job.state.pseudo_labels is not None:
+        logged["nmi_to_previous_clusters"] = metrics.nmi(labels, job.state.pseudo_labels)
     return positives, labels, logged
 
 
-def train_epoch(model, optimizer, loader, pseudo_labels, args: argparse.Namespace, epoch: int) -> dict[str, float]:
-    """One epoch of SGD; the mean of each loss over its steps."""
-    import torch
-
-    from losses import cbswr_losses, total_loss
-    from utils.features import network_autocast
-
-    device = next(model.parameters()).device
-    model.train()
-    names = ("loss", "metric", "rim", "reconstruction")
-    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-    bar = progress(loader, len(loader), f"epoch {epoch}: train")
-    for views, images in bar:
-        inputs = model.normalization(views.to(device, non_blocking=True))  # (2m, 3, H, W)
-        labels = None if pseudo_labels is None else pseudo_labels[images].to(device)
-        with network_autocast(device, args.precision):
-            losses = cbswr_losses(model, inputs, labels, temperature=args.t, alpha=args.alpha, mu=args.mu,
-                                  neg_m=args.neg_m, recon_target=args.recon_target)  # fmt: skip
-        losses["loss"] = total_loss(losses, args.ml, args.rim, args.recon)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        optimizer.step()
-        sums += torch.stack([losses[name].detach().double() for name in names])
-    if not sums[0].isfinite():
-        raise UserError(
-            f"epoch {epoch}: the loss is no longer finite; start again with a lower --lr (it was {args.lr:g})"
-        )
-    means = (sums / max(len(loader), 1)).tolist()
-    return {name if name == "loss" else f"{name}_loss": mean for name, mean in zip(names, means, strict=True)}
+def mean_losses(epoch: EpochUnderWay) -> dict[str, float]:
+    """The mean of each loss over the steps of an epoch."""
+    means = (epoch.losses / epoch.step).tolist()
+    return {name if name == "loss" else f"{name}_loss": mean for name, mean in zip(LOSSES, means, strict=True)}
 
 
-def evaluate(model, validation, args: argparse.Namespace) -> dict:
+def evaluate(job: Job) -> dict:
     """R@1/2/4/8 and NMI of the test half, by its embeddings (paper section 4)."""
-    from datasets import center_crops
     from utils.evaluation import score
+
+    _, embeddings = features(job, job.validation, "test features")
+    return by_first(job, lambda: score(embeddings.to(job.device), job.validation.labels))
+
+
+def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:
+    """Pooled features (N, C) and embeddings (N, D) of a half; of many processes each computes some batches."""
+    from datasets import center_crops
     from utils.features import extract_features
 
-    batches = progress(center_crops(validation.images, args.test_batch, args.workers),
-                       len(validation) / args.test_batch, "test features")  # fmt: skip
-    _, embeddings = extract_features(model, batches, args.precision)
-    return score(embeddings.to(next(model.parameters()).device), validation.labels)
+    args, processes = job.args, job.processes
+    rounds = len(split) / (args.test_batch * processes.count)
+
+    def stoppable(crops: Iterator[Tensor]) -> Iterator[Tensor]:
+        for number, batch in enumerate(crops):
+            if number < int(rounds):  # in these every process has a batch
+                job.stop.check()
+            yield batch
+
+    crops = center_crops(split.images, args.test_batch, args.workers, processes.share)
+    return extract_features(job.model, progress(stoppable(crops), rounds, title), args.precision, processes)
+
+
+def by_first(job: Job, work: Callable[[], Any]) -> Any:
+    """What `work` gives in the first process, for all of them; a request to stop ends it for all."""
+    if job.processes.count == 1:
+        return work()
+    found, signal = job.processes.from_first(job.stop.caught(work) if job.processes.first else None)
+    if signal:
+        raise Stopped(signal)
+    return found
 
 
 def start_log(args: argparse.Namespace, run: Path) -> None:

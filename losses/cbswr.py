@@ -33,8 +33,8 @@ def cbswr_losses(
     with their gradient. Raises ValueError for shapes that do not fit.
 
     processes: inputs and pseudo_labels are this process's share of a batch of m images, for which every process
-    computes the same losses and "pseudo_labels" (m,): of the backbone's work it does its own rows, of the heads' and the
-    decoder's, little beside it, all.
+    computes the same losses and "pseudo_labels" (m,). The backbone runs on the share; the heads and the decoder, little
+    work beside it, run on the whole batch in every process.
     """
     rows = inputs.shape[0]
     if rows < 2 or rows % 2:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -206,7 +207,8 @@ LIVE = {
 }  # fmt: skip
 SHOWN_ELSEWHERE = {
     "n_epoch", "interval", "test_batch", "log_dir", "checkpoint_dir", "model_name", "config", "resume", "overwrite",
-    "workers", "dataset", "data_dir", "image_size", "backbone", "weights", "device", "data_on", "kmeans_engine",
+    "checkpoint_every_steps", "workers", "dataset",
+    "data_dir", "image_size", "backbone", "weights", "device", "data_on", "kmeans_engine",
     "help",
 }  # fmt: skip
 
@@ -382,8 +384,8 @@ def test_faults_in_a_config_name_the_file(tmp_path, execute, content, words):
 # ---------------------------------------------------------------- mistakes
 
 
-def failed(result: SimpleNamespace, *words: str) -> None:
-    assert result.code == 2
+def failed(result: SimpleNamespace, *words: str, code: int = 2) -> None:
+    assert result.code == code
     assert result.err.startswith("train.py: error: ") and result.err.count("\n") == 1
     for word in words:
         assert word in result.err
@@ -463,7 +465,7 @@ def test_a_run_that_never_finished_an_epoch_may_be_started_again(data, tmp_path,
     assert trained(data, tmp_path).rows == baseline.rows
 
 
-@pytest.mark.parametrize("option", ["--lr=0.1", "--seed=5", "--dataset=cub200", "--backbone=resnet18", "--overwrite"])
+@pytest.mark.parametrize("option", ["--t=0.2", "--seed=5", "--dataset=cub200", "--backbone=resnet18", "--overwrite"])
 def test_resume_with_another_setting_is_refused(baseline, execute, option):
     before = (baseline.run / "last.pth").read_bytes()
     failed(execute("--resume", baseline.run, option), option.partition("=")[0], "cannot change")
@@ -488,7 +490,8 @@ def test_resume_of_nothing(data, tmp_path, execute):
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text((done.run / "config.json").read_text())
-    failed(execute("--resume", other), str(other), "start it again without --resume")
+    shutil.copyfile(done.run / "metrics.jsonl", other / "metrics.jsonl")
+    failed(execute("--resume", other), f"{other / 'last.pth'}: no such file; put it back, or start again without")
     whole = (done.run / "last.pth").read_bytes()
     (other / "last.pth").write_bytes(whole[: len(whole) // 2])
     failed(execute("--resume", other), str(other / "last.pth"))
@@ -499,12 +502,14 @@ def test_resume_of_nothing(data, tmp_path, execute):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"lr": 1e30}, "lower --lr"),
-    ({"lr": 1e30, "batch_size": 24, "n_epoch": 2}, "lower --lr"),
-    ({"lr": 1e30, "positives": "nn", "interval": 5, "n_epoch": 3}, "lower --lr"),
+    ({"lr": 1e30}, "epoch 1, step 2 of 3: the loss is not finite (loss nan, metric nan, rim nan, reconstruction "),
+    ({"lr": 1e30, "positives": "nn", "interval": 5, "n_epoch": 3}, "epoch 1, step 2 of 3: the loss is not finite"),
+    ({"lr": 1e30, "batch_size": 24, "n_epoch": 2}, "the network's features are not finite"),
+    ({"lr": 3e38, "ml": 1e4, "batch_size": 24, "n_epoch": 2}, "step 1 of epoch 1: the weights are not finite"),
 ])  # fmt: skip
 def test_divergence_is_one_line(data, tmp_path, execute, settings, words):
-    failed(execute(*options(data, tmp_path, **settings)), words)
+    failed(execute(*options(data, tmp_path, **settings)), words, f"--resume {tmp_path}/run --lr", code=3)
+    assert not (tmp_path / "run" / "last.pth").exists()
 
 
 def test_identical_images_are_one_line(tmp_path, execute):

@@ -1,8 +1,8 @@
 """Many processes with one batch: who this process is, and what they tell each other. One process alone is a case of it.
 
 Every process works on its share of a batch and all of them compute the same losses of the whole batch. A sum over the
-processes therefore has a sum over the processes as its gradient, and a weight's gradient, averaged over the processes by
-DistributedDataParallel, is the one that a single process has.
+processes therefore has a sum over the processes as its gradient, and a weight's gradient, averaged over the processes
+by DistributedDataParallel, is the one that a single process has.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from utils.process import place
 
 # The first process scores the test half while the others wait. That a process died is noticed at once without it.
 TIMEOUT = timedelta(hours=2)
+JOIN_TIMEOUT = timedelta(minutes=5)
 
 
 class _Sum(torch.autograd.Function):
@@ -54,6 +55,11 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the process that writes files, prints and scores."""
         return self.rank == 0
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(rank, count): which part of how many this process takes."""
+        return self.rank, self.count
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every process's x (same shape everywhere), differentiable."""
@@ -93,13 +99,13 @@ class Processes:
         dist.all_reduce(whole)
         return whole
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; all of them get the same answer."""
+    def largest(self, number: int) -> int:
+        """The largest of every process's number."""
         if self.count == 1:
-            return flag
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
 
     def from_first(self, value: Any) -> Any:
         """The first process's value (a number, a text, an array, ... or None)."""
@@ -151,16 +157,16 @@ def joined() -> Iterator[Processes]:
     if here is None or here.count == 1:
         yield ALONE
         return
-    store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, count = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     processes = Processes(rank, count, here.local_rank)
     try:
         yield processes
-        processes.any(False)  # a process that is done waits: one that still works may fail
+        processes.largest(0)  # a process that is done waits: one that still works may fail
     except (Exception, KeyboardInterrupt) as error:
         if _failures(store) > 1:
-            raise SystemExit(2) from None
+            raise SystemExit(getattr(error, "status", 1)) from None
         if _lost_another(error):
             raise UserError(
                 f"one of the {count} processes ended without a message (killed, or its machine is gone); "

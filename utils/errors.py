@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and how a script reports it."""
+"""The exceptions for what a user can mend, and how a script reports them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from pathlib import Path
 class UserError(Exception):
     """A mistake of the user's that a message can mend: it names the file or value and says what to do next."""
 
+    status = 2  # of the process that ends with it
+
+
+class DivergedError(UserError):
+    """Training whose numbers are no longer finite; exit status 3."""
+
+    status = 3
+
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`; a `UserError` or a fault of the file system becomes one line and exit status 2.
 
-    Ctrl-C becomes one line and 130.
+    Ctrl-C becomes one line and 130, another signal (`utils.stopping`) 128 + its number.
     """
+    status = 2
     try:
         sys.exit(main())
     except UserError as error:
-        message = str(error)
+        message, status = str(error), error.status
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"{Path(sys.argv[0]).name}: interrupted; what was finished is saved", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(stop, "status", 130))
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.distributed import ALONE, Processes
-from utils.errors import UserError
+from utils.errors import DivergedError
 
 
 def network_autocast(device: torch.device | str, precision: str) -> torch.autocast:
@@ -25,7 +25,7 @@ def extract_features(
 
     batches: uint8 RGB tensors (b, H, W, 3); of several processes each brings every count-th batch, beginning with
     number `rank`, and all get all rows, bit for bit those of one. The model's training mode is restored afterwards.
-    Raises UserError when a feature is not finite, as in a network whose training diverged.
+    Raises DivergedError when a feature is not finite, as in a network whose training diverged.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -41,5 +41,5 @@ def extract_features(
         model.train(was_training)
     features = processes.gather_batches(pooled), processes.gather_batches(embeddings)
     if not all(part.isfinite().all() for part in features):
-        raise UserError("the network's features are not finite: its training diverged; train it with a lower --lr")
+        raise DivergedError("the network's features are not finite: its training diverged")
     return features

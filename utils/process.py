@@ -26,6 +26,12 @@ def place() -> Place | None:
     return Place(*(int(os.environ[name]) for name in names[:3]))
 
 
+def is_first() -> bool:
+    """Whether this process is the one of its job that speaks to the user."""
+    here = place()
+    return here is None or here.rank == 0
+
+
 def share_cores() -> None:
     """Let OpenMP's threads sleep soon when they wait for each other, unless the environment says how; before torch.
 
