@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
 
     device = choose_device(args.device, processes)
     split = load_split(args.data_dir, args.dataset, "validation", args.image_size)
-    processes.check_same({"--test_batch": args.test_batch, str(split.path): split.images.shape})
+    processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
     torch.manual_seed(args.seed)
     model, what = load_network(args, device)
     batches = progress(center_crops(split.images, args.test_batch, args.workers, processes.share),

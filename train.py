@@ -334,7 +334,7 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     check_sizes(args, training, validation, processes.count)
     config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
     processes.check_same({f"--{name}": config[name] for name in sorted(config.keys() - MACHINE)}
-                         | {str(split.path): split.images.shape for split in (training, validation)})  # fmt: skip
+                         | {"training images": training.images.shape, "test images": validation.images.shape})  # fmt: skip
     stale = run.files_to_overwrite(args.overwrite) if processes.first and not args.resume else []
     saved = processes.from_first(load_run(run, args.resume) if processes.first and args.resume else None)
 

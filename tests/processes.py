@@ -125,9 +125,8 @@ def everything(processes: Processes) -> dict[str, dict[str, Tensor]]:
     talk(processes)
     found = {case: training(case, processes) for case in CASES if case != "googlenet" or processes.count < 3}
     found |= {"features": features(processes), "batch norm": batch_norm(processes)}
-    processes.check_same(
-        {f"{what} {name}": digest(value) for what, part in found.items() for name, value in part.items()}
-    )
+    for what, part in found.items():
+        processes.check_same({f"{what}, {name}": digest(value) for name, value in part.items()})
     return found
 
 
