@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from utils.stopping import StopRequest, interrupt_in_one_line
+
+if __name__ == "__main__":
+    interrupt_in_one_line()  # the imports below take a while
+
 import argparse
 import json
 import sys
@@ -47,7 +52,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load, embed, score, print."""
+    """Read the options, then do the work."""
     parser = make_parser()
     args = parser.parse(sys.argv[1:] if argv is None else argv)
     if (args.checkpoint_path is None) == (args.backbone is None):
@@ -62,16 +67,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.save_embeddings and not args.save_embeddings.endswith(".npy"):
         parser.error(f"--save_embeddings {args.save_embeddings}: the name must end in .npy")
     share_cores()
-
+    import models  # noqa: F401  # and torch: slow, so before StopRequest takes over
     from utils.distributed import joined
 
-    with joined() as processes:
-        run(args, processes)
+    with StopRequest() as stop, stop.at_once(), joined() as processes:
+        test(args, processes)
     return 0
 
 
-def run(args: argparse.Namespace, processes: Processes) -> None:
-    """All that follows the options; each process computes some of the features, the first scores them."""
+def test(args: argparse.Namespace, processes: Processes) -> None:
+    """Load, embed, score, print; of many processes each embeds some of the images, the first does the rest."""
     import torch
 
     from datasets import center_crops, load_split
@@ -84,8 +89,8 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
     torch.manual_seed(args.seed)
     model, what = load_network(args, device)
-    batches = progress(center_crops(split.images, args.test_batch, args.workers, processes.share),
-                       len(split) / args.test_batch / processes.count, "test features")  # fmt: skip
+    batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
+    batches = progress(batches, len(split) / (args.test_batch * processes.count), "test features")
     pooled, embeddings = extract_features(model, batches, args.precision, processes)
     if not processes.first:
         return

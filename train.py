@@ -43,7 +43,7 @@ REMOVED = {
     "--batch_m": "had no effect in the released code; leave it out (--neg_m weights the sums over other clusters)",
 }
 CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps"}  # on --resume, with these:
-CHANGEABLE |= {"device", "data_on", "workers", "log_dir", "data_dir"}
+CHANGEABLE |= {"deterministic", "device", "data_on", "workers", "log_dir", "data_dir"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ between machines of one job
 LOSSES = ("loss", "metric", "rim", "reconstruction")
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
@@ -75,8 +75,8 @@ def make_parser() -> Parser:
                    help="rim: argmax of the cluster head, as in the paper; kmeans: k-means over all training features "
                    "at the start of each epoch")  # fmt: skip
     g.add_argument("--kmeans_engine", type=name_of(("auto", "faiss", "torch")), default="auto",
-                   help="of --pseudo_labels kmeans; auto: faiss where it is installed, else the project's "
-                   "own")  # fmt: skip
+                   help="of --pseudo_labels kmeans; auto: faiss where it is installed, else and with "
+                   "--deterministic the project's own")  # fmt: skip
     g.add_argument("--t", type=real(0, above=True), default=0.1, help="temperature of the centre-based softmax")
     g.add_argument(
         "--alpha", type=real(0), default=1.0, help="weight of the push from other centres in the metric loss"
@@ -112,6 +112,9 @@ def make_parser() -> Parser:
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
     g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32",
                    help="bf16: the network in bfloat16; losses and distances stay float32")  # fmt: skip
+    g.add_argument("--deterministic", action="store_true",
+                   help="the same bits each time on one machine, at some cost in speed on a GPU (a CPU gives them "
+                   "anyway)")  # fmt: skip
     g.add_argument("--data_on", type=name_of(("auto", "device", "host")), default="auto",
                    help="device: the training images lie on the GPU and are cropped there; auto: if half of its free "
                    "memory holds them")  # fmt: skip
@@ -186,6 +189,7 @@ class Job:
     device: torch.device
     training: Split
     validation: Split
+    data: dict  # their fingerprints
     resident: Tensor | None  # the training images, where they lie on the GPU
     model: CBSwR
     step: torch.nn.Module  # the losses of a batch
@@ -200,11 +204,13 @@ def main(argv: list[str] | None = None) -> int:
     """Wire the rooms together and train, until the last epoch or a request to stop."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     share_cores()
-    run = RunFolder(Path(args.checkpoint_dir) / args.model_name)
-    with StopRequest() as stop, ExitStack() as stack:
-        with stop.at_once():
-            from utils.distributed import joined
+    import models  # noqa: F401  # and torch: slow, so before StopRequest takes over
+    from utils.devices import memory_faults
+    from utils.distributed import joined
 
+    run = RunFolder(Path(args.checkpoint_dir) / args.model_name)
+    with memory_faults(lambda: memory_advice(args, run.path)), StopRequest() as stop, ExitStack() as stack:
+        with stop.at_once():
             processes = stack.enter_context(joined())
             stack.callback(run.close)
             job = set_up(args, run, stop, processes)
@@ -274,7 +280,7 @@ def train_steps(job: Job) -> None:
     plan = EpochPlan(len(job.training), args.batch_size, job.training.image_size, args.seed, state.epoch + 1, positives,
                      job.processes.share)  # fmt: skip
     if job.resident is None:
-        loader = TwoViewLoader(job.training.images, plan, args.workers, epoch.step)
+        loader = TwoViewLoader(job.training.images, plan, args.workers, epoch.step, job.training.check_unchanged)
     else:
         loader = ResidentLoader(job.resident, plan, epoch.step)
     watch = LossWatch(LOSSES)
@@ -324,8 +330,10 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     from datasets import load_split
     from models import build_model
     from models.batch_norm import share_batch_norm
-    from utils.devices import choose_device
+    from utils.devices import choose_device, compute_deterministically
 
+    if args.deterministic:
+        compute_deterministically()
     device = choose_device(args.device, processes)
     if device.type == "cpu":
         keep_freed_memory()
@@ -333,10 +341,12 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     validation = load_split(args.data_dir, args.dataset, "validation", training.image_size)
     check_sizes(args, training, validation, processes.count)
     config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
-    processes.check_same({f"--{name}": config[name] for name in sorted(config.keys() - MACHINE)}
-                         | {"training images": training.images.shape, "test images": validation.images.shape})  # fmt: skip
+    data = {"training": training.fingerprint(), "validation": validation.fingerprint()}
+    processes.check_same({f"--{name}": config[name] for name in sorted(config.keys() - MACHINE)} | data)
     stale = run.files_to_overwrite(args.overwrite) if processes.first and not args.resume else []
     saved = processes.from_first(load_run(run, args.resume) if processes.first and args.resume else None)
+    if saved:
+        check_data(saved, data, training, validation)
 
     resident = to_device(training.images, device, args.data_on)
     torch.manual_seed(args.seed)
@@ -345,7 +355,7 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     model.base_model = share_batch_norm(model.base_model, processes, device)
     step = training_step(args, model, device, processes)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
-    job = Job(args, config, device, training, validation, resident, model, step, optimizer, run, State(), stop,
+    job = Job(args, config, device, training, validation, data, resident, model, step, optimizer, run, State(), stop,
               processes)  # fmt: skip
     if saved:
         restore(job, saved)
@@ -431,6 +441,17 @@ def load_run(run: RunFolder, resume: str) -> dict | None:
     return saved
 
 
+def check_data(saved: dict, data: dict, training: Split, validation: Split) -> None:
+    """Raise UserError naming the array that is not the one which the run of a checkpoint began with."""
+    for name, split in (("training", training), ("validation", validation)):
+        for part, path in (("images", split.path), ("labels", split.label_path)):
+            then, now = (found[name][part].partition(" sha256 ") for found in (saved.get("data", data), data))
+            if then != now:
+                changed = f"{now[0]}, it was {then[0]}" if now[0] != then[0] else "its content has changed"
+                raise UserError(f"{path}: not the file that the run began with: {changed}; put that back, or start "
+                                f"a new run")  # fmt: skip
+
+
 def restore(job: Job, saved: dict) -> None:
     """Put back a saved run's weights, optimiser, generators and state."""
     import torch
@@ -469,6 +490,7 @@ def save(job: Job, best: bool = False) -> None:
             "optimizer": job.optimizer.state_dict(),
             "config": job.config,
             "metrics": state.rows,
+            "data": job.data,
             "pseudo_labels": state.pseudo_labels,
             "current": vars(state.current) if state.current else None,
             "rng": random_state(job.device),
@@ -482,6 +504,13 @@ def end_epoch(job: Job, row: dict) -> None:
     job.state.end_epoch(row)
     save(job, row.get("best", False))
     print_epoch(row)
+
+
+def memory_advice(args: argparse.Namespace, run: Path) -> str:
+    """Which options need less memory."""
+    return (f"lower --batch_size ({args.batch_size}) for the steps, --test_batch ({args.test_batch}) for evaluation, "
+            f"or use --precision bf16 or --data_on host; --test_batch and --data_on may change on --resume {run}, "
+            f"the others need a new run")  # fmt: skip
 
 
 def where(job: Job) -> str:
@@ -519,7 +548,7 @@ def mine_and_cluster(job: Job, pooled: Tensor, mine: bool) -> tuple[Tensor | Non
         return positives, None, {}
     engine = args.kmeans_engine
     if engine == "auto":
-        engine = "faiss" if clustering.has_faiss() else "torch"
+        engine = "faiss" if clustering.has_faiss() and not args.deterministic else "torch"
     try:
         labels, _, _ = clustering.kmeans(
             pooled, args.n_cluster, max_iter=KMEANS_ITERATIONS, seed=args.seed + epoch, engine=engine
@@ -562,7 +591,7 @@ def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:
                 job.stop.check()
             yield batch
 
-    crops = center_crops(split.images, args.test_batch, args.workers, processes.share)
+    crops = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
     return extract_features(job.model, progress(stoppable(crops), rounds, title), args.precision, processes)
 
 
@@ -576,12 +605,20 @@ def by_first(job: Job, work: Callable[[], Any]) -> Any:
     return found
 
 
+class LogFile(logging.FileHandler):
+    """A log file whose disk may be full: UserError instead of logging's traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise UserError for the error under way."""
+        raise UserError(f"{self.baseFilename}: cannot be written ({sys.exc_info()[1]}); make room there")
+
+
 def start_log(args: argparse.Namespace, run: Path) -> None:
     """Print to the terminal and append to the log file."""
     folder = Path(args.log_dir) if args.log_dir else run
     folder.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.INFO)
-    log.handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(folder / f"{args.model_name}.log")]
+    log.handlers = [logging.StreamHandler(sys.stdout), LogFile(folder / f"{args.model_name}.log")]
 
 
 def print_epoch(row: dict) -> None:

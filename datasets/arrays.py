@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 from utils.errors import UserError
 
 SCRIPTS = ("cub200", "car196", "glyphs")  # with a pre_process script each
+HASH_BLOCK = 16 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
     path: Path
+    stamp: tuple[int, ...] = ()  # of the image file when it was opened: device, inode, size, time of its last change
 
     def __len__(self) -> int:
         return len(self.images)
@@ -29,6 +33,32 @@ class Split:
     def image_size(self) -> int:
         """Side S of the stored images, in pixels."""
         return self.images.shape[1]
+
+    @property
+    def label_path(self) -> Path:
+        """The file of the labels."""
+        return self.path.with_name(self.path.name.replace("_img.npy", "_label.npy"))
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if the image file has been written to since it was opened; a look at its entry, microseconds.
+
+        Whoever reads a page that a shortened file no longer has is ended by the system without a word. A file put in
+        its place under the same name does no harm: what was opened stays as it was.
+        """
+        try:
+            now = _stamp(self.path)
+        except OSError:
+            return  # removed: what was opened stays
+        if now[:2] == self.stamp[:2] and now != self.stamp:
+            raise UserError(f"{self.path}: was changed while it was in use; put the old file back and go on from there")
+
+    def fingerprint(self) -> dict[str, str]:
+        """Dtype, shape and content of both arrays, in words: {"images": .., "labels": ..}; labels as int64.
+
+        The content is the SHA-256 of the SHA-256s of blocks of 16 MiB: every byte counts, all cores work.
+        """
+        self.check_unchanged()
+        return {"images": _fingerprint(self.images), "labels": _fingerprint(self.labels)}
 
 
 def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size: int | None = None) -> Split:
@@ -43,9 +73,9 @@ def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size
         folder = Path(data_dir)
     size = image_size or _only_size(folder, dataset, split)
     stem = f"{split}_{dataset}_{size}resized"
-    images = _open_array(folder / f"{stem}_img.npy", dataset, "r")
-    labels = _open_array(folder / f"{stem}_label.npy", dataset, None)
     path = folder / f"{stem}_img.npy"
+    images = _open_array(path, dataset, "r")
+    labels = _open_array(folder / f"{stem}_label.npy", dataset, None)
     if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2] or images.dtype != np.uint8:
         raise UserError(
             f"{path}: expected uint8 images (N, S, S, 3), found {images.dtype} {images.shape}; pre-process again"
@@ -60,7 +90,20 @@ def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size
         raise UserError(f"{path}: {len(images)} images but {len(labels)} labels; pre-process again")
     if len(images) < 2:
         raise UserError(f"{path}: holds {len(images)} images; at least 2 are needed")
-    return Split(images, labels.astype(np.int64), path)
+    return Split(images, labels.astype(np.int64), path, _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    entry = os.stat(path)
+    return entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns
+
+
+def _fingerprint(array: np.ndarray) -> str:
+    content = memoryview(array).cast("B")
+    blocks = (content[start : start + HASH_BLOCK] for start in range(0, len(content), HASH_BLOCK))
+    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run meanwhile
+        digests = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)
+        return f"{array.dtype} {array.shape} sha256 {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
 
 def _only_size(folder: Path, dataset: str, split: str) -> int:

@@ -7,7 +7,7 @@ depends on nothing else: not on the number of workers, nor on where a run was st
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -96,8 +96,17 @@ def cut_views(images: np.ndarray, views: Views, crop: int) -> np.ndarray:
 class TwoViewLoader:
     """Iterate an epoch: (views uint8 (2m, crop, crop, 3), image index (m,)), batches cut ahead by worker threads."""
 
-    def __init__(self, images: np.ndarray, plan: EpochPlan, workers: int = 2, first_batch: int = 0) -> None:
+    def __init__(
+        self,
+        images: np.ndarray,
+        plan: EpochPlan,
+        workers: int = 2,
+        first_batch: int = 0,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """check: called before and after the images of a batch are read; may raise."""
         self.images, self.plan, self.workers, self.first_batch = images, plan, workers, first_batch
+        self.check = check
 
     def __len__(self) -> int:
         return len(self.plan) - self.first_batch
@@ -107,7 +116,7 @@ class TwoViewLoader:
         return torch.from_numpy(crops), torch.from_numpy(self.plan.images(number))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from _ahead(self._batch, range(self.first_batch, len(self.plan)), self.workers)
+        yield from _ahead(self._batch, range(self.first_batch, len(self.plan)), self.workers, self.check)
 
 
 class ResidentLoader:
@@ -136,10 +145,15 @@ def gather_views(images: Tensor, views: Views) -> Tensor:
 
 
 def center_crops(
-    images: np.ndarray, batch_size: int, workers: int = 1, share: tuple[int, int] = (0, 1)
+    images: np.ndarray,
+    batch_size: int,
+    workers: int = 1,
+    check: Callable[[], None] = lambda: None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Tensor]:
     """Iterate the centre crops of all images in order: uint8 (<= batch_size, crop, crop, 3).
 
+    check: called before and after the images of a batch are read; may raise.
     share: (r, n) gives every n-th batch only, beginning with number r (those of one of n processes).
     """
     crop = crop_size(images.shape[1])
@@ -150,19 +164,29 @@ def center_crops(
         return torch.from_numpy(np.ascontiguousarray(images[first : first + batch_size, inner, inner]))
 
     part, parts = share
-    yield from _ahead(batch, range(part * batch_size, len(images), parts * batch_size), workers)
+    yield from _ahead(batch, range(part * batch_size, len(images), parts * batch_size), workers, check)
 
 
-def _ahead(make, numbers: range, workers: int) -> Iterator:
-    """make(number) for each number, in order, computed up to workers + 1 ahead by threads; 0 workers: on demand."""
+def _ahead(make, numbers: range, workers: int, check: Callable[[], None]) -> Iterator:
+    """make(number) for each number, in order, computed up to workers + 1 ahead by threads; 0 workers: on demand.
+
+    check() is called before and after each.
+    """
+
+    def checked(number: int):
+        check()
+        made = make(number)
+        check()
+        return made
+
     if workers == 0:
-        yield from map(make, numbers)
+        yield from map(checked, numbers)
         return
     with ThreadPoolExecutor(workers) as pool:
         pending: deque = deque()
         try:
             for number in numbers:
-                pending.append(pool.submit(make, number))
+                pending.append(pool.submit(checked, number))
                 if len(pending) > workers:
                     yield pending.popleft().result()
             while pending:
