@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(GOLDEN))  # tests import golden_state from it
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--kills: how often a training run is killed."""
+    parser.addoption("--kills", type=int, default=4, metavar="N", help="SIGKILLs of the test that kills training")
 
 
 def shared_folder() -> Path | None:
@@ -52,3 +58,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def execute(monkeypatch, capsys):
+    """Run train.py's main in this process as the command line would; exit status, output and error text."""
+    import train
+    from utils.errors import run_script
+
+    def run(*argv: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            run_script(train.main)
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=caught.value.code or 0, out=captured.out, err=captured.err)
+
+    return run

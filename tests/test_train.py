@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from synthetic import shapes, write_dataset, write_split
+from training import failed, options, outcome, same_weights, trained
 
 import train as script
 from models import build_model, load_checkpoint
-from utils.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,48 +29,6 @@ FILES = {"config.json", "metrics.jsonl", "last.pth", "best.pth", "run.log"}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def execute(monkeypatch, capsys):
-    """Run train.py's main in this process as the command line would; exit status, output and error text."""
-
-    def run(*argv: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            run_script(script.main)
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=caught.value.code or 0, out=captured.out, err=captured.err)
-
-    return run
-
-
-def options(data: Path, folder: Path, **changed: object) -> list[str]:
-    """A run of seconds in `folder`/run, with some options changed."""
-    settings = {
-        "data_dir": data, "dataset": "tiny", "backbone": "resnet_small", "weights": "none", "device": "cpu",
-        "n_epoch": 1, "batch_size": 8, "n_cluster": 4, "low_dim": 16, "lr": 0.05, "seed": 3,
-        "checkpoint_dir": folder, "model_name": "run",
-    } | changed  # fmt: skip
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def trained(data: Path, folder: Path, *more: str, **changed: object) -> SimpleNamespace:
-    """The outcome of a run: its metrics without the seconds, the content of its last checkpoint, its folder."""
-    assert script.main([*options(data, folder, **changed), *more]) == 0
-    return outcome(Path(changed.get("checkpoint_dir", folder)) / "run")
-
-
-def outcome(run: Path) -> SimpleNamespace:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in row.items() if k not in {"seconds", "images_per_second"}} for row in rows]
-    return SimpleNamespace(rows=timeless, full_rows=rows, saved=torch.load(run / "last.pth"), run=run)
-
-
-def same_weights(one: SimpleNamespace, other: SimpleNamespace) -> bool:
-    a, b = one.saved["model"], other.saved["model"]
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +165,7 @@ LIVE = {
 }  # fmt: skip
 SHOWN_ELSEWHERE = {
     "n_epoch", "interval", "test_batch", "log_dir", "checkpoint_dir", "model_name", "config", "resume", "overwrite",
-    "checkpoint_every_steps", "workers", "dataset",
+    "checkpoint_every_steps", "deterministic", "workers", "dataset",
     "data_dir", "image_size", "backbone", "weights", "device", "data_on", "kmeans_engine",
     "help",
 }  # fmt: skip
@@ -382,13 +340,6 @@ def test_faults_in_a_config_name_the_file(tmp_path, execute, content, words):
 
 
 # ---------------------------------------------------------------- mistakes
-
-
-def failed(result: SimpleNamespace, *words: str, code: int = 2) -> None:
-    assert result.code == code
-    assert result.err.startswith("train.py: error: ") and result.err.count("\n") == 1
-    for word in words:
-        assert word in result.err
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -1,0 +1,103 @@
+"""Whole processes of train.py that start in milliseconds: forks of one that has imported everything.
+
+Each is a process of its own for whatever is sent to it; torch alone would take seconds to import every time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Forks:
+    """The process that forks; `start` and `finish` one run at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: where the output of the runs goes."""
+        self.folder = folder
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.stdout.close()
+        self.server.wait()
+
+    def start(self, *argv: object, before: str = "") -> int:
+        """Start train.py with these arguments, after the Python text `before`; the process id."""
+        order = {"argv": [str(word) for word in argv], "before": before, "folder": str(self.folder)}
+        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def finish(self) -> SimpleNamespace:
+        """Wait for the run; `code` as of subprocess (minus the signal for a killed one), `out`, `err`."""
+        code = os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
+        return SimpleNamespace(code=code, out=(self.folder / "out").read_text(), err=(self.folder / "err").read_text())
+
+    def run(self, *argv: object, before: str = "", kill_after: float | None = None) -> SimpleNamespace:
+        """Start and finish; with `kill_after`, SIGKILL after so many seconds."""
+        pid = self.start(*argv, before=before)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(pid, signal.SIGKILL)  # one that has ended is not yet waited for by anyone else: the id is its own
+        return self.finish()
+
+
+def _child(order: dict) -> None:
+    import train
+    from utils.errors import run_script
+
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(order["folder"]) / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    sys.argv = ["train.py", *order["argv"]]
+    exec(order["before"], {"train": train})
+    run_script(train.main)
+
+
+def _serve() -> None:
+    import faiss  # noqa: F401
+    import sklearn.cluster  # noqa: F401
+    import torch
+
+    import datasets  # noqa: F401
+    import models  # noqa: F401
+    import utils.evaluation
+    import utils.features
+    import utils.finite  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                _child(json.loads(line))
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        print(pid, flush=True)
+        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # ended, its id still its own
+        del info
+        print(os.waitpid(pid, 0)[1], flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
