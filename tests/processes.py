@@ -1,29 +1,22 @@
-"""What every process of tests/test_distributed.py does; run by itself it is one process of a job."""
+"""What the processes of a job do for tests/test_distributed.py; run as a script it is one of them."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401  (the backbones import it late)
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from datasets import EpochPlan, TwoViewLoader, center_crops  # noqa: E402
-from losses import TrainingStep  # noqa: E402
-from models import build_model  # noqa: E402
-from models.batch_norm import GlobalBatchNorm2d, share_batch_norm  # noqa: E402
-from utils.distributed import Processes, joined  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.features import extract_features  # noqa: E402
+from datasets import EpochPlan, TwoViewLoader, center_crops
+from losses import TrainingStep
+from models import build_model
+from models.batch_norm import GlobalBatchNorm2d, share_batch_norm
+from utils.distributed import Processes, joined
+from utils.errors import UserError
+from utils.features import extract_features
 
 IMAGES = 6  # a batch, for 1, 2 and 3 processes
 PIXELS = 40
@@ -134,33 +127,9 @@ def digest(value: Tensor) -> str:
     return hashlib.blake2b(value.contiguous().numpy()).hexdigest()
 
 
-def one_of(rank: int, count: int, port: int, folder: str) -> None:
-    """A process of a job, as torchrun starts it; the first one saves what it found."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+if __name__ == "__main__":  # FOLDER: one process of a job; the first saves what it found
     with joined() as processes:
-        assert (processes.rank, processes.count, processes.local_rank) == (rank, count, rank)
+        assert processes.count > 1
         found = everything(processes)
         if processes.first:
-            torch.save(found, Path(folder) / f"{count}.pt")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-if __name__ == "__main__":  # FOLDER COUNT ..: forks the processes of a job of every COUNT, which spares their imports
-    context = multiprocessing.get_context("fork")
-    jobs = {int(count): free_port() for count in sys.argv[2:]}
-    children = [
-        context.Process(target=one_of, args=(rank, count, port, sys.argv[1]))
-        for count, port in jobs.items()
-        for rank in range(count)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    sys.exit(any(child.exitcode for child in children))
+            torch.save(found, Path(sys.argv[1]) / f"{processes.count}.pt")

@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from forks import ROOT, Forks
+from forks import ROOT
 from synthetic import write_dataset
 from training import failed, options, outcome, same_weights, trained
 
@@ -36,13 +35,6 @@ def data(tmp_path_factory) -> Path:
 def undisturbed(data, tmp_path_factory) -> SimpleNamespace:
     """Three epochs of six steps."""
     return trained(data, tmp_path_factory.mktemp("undisturbed"), **SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory) -> Iterator[Forks]:
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
 
 
 def assert_same(one: SimpleNamespace, other: SimpleNamespace) -> None:
