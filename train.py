@@ -172,7 +172,7 @@ class State:
     rows: list[dict] = field(default_factory=list)  # their metrics
     pseudo_labels: Tensor | None = None  # (N,) int64, of the last clustering
     current: EpochUnderWay | None = None
-    whole: bool = True  # False inside a step: not to be saved
+    whole: bool = True  # False inside a step and after a failed save: not to be saved when a fault ends the run
 
     def end_epoch(self, row: dict) -> None:
         """Count the epoch of these metrics as done."""
@@ -483,6 +483,7 @@ def save(job: Job, best: bool = False) -> None:
     check_weights(job.model, where(job))
     if not job.processes.first:
         return
+    state.whole = False
     job.run.save(
         {
             "model": job.model.state_dict(),
@@ -497,6 +498,7 @@ def save(job: Job, best: bool = False) -> None:
         },
         best,
     )
+    state.whole = True
 
 
 def end_epoch(job: Job, row: dict) -> None:

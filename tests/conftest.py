@@ -26,7 +26,7 @@ sys.path.insert(0, str(GOLDEN))  # tests import golden_state from it
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--kills: how often a training run is killed."""
-    parser.addoption("--kills", type=int, default=4, metavar="N", help="SIGKILLs of the test that kills training")
+    parser.addoption("--kills", type=int, default=3, metavar="N", help="SIGKILLs of the test that kills training")
 
 
 def shared_folder() -> Path | None:

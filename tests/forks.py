@@ -49,6 +49,8 @@ class Forks:
 
     def finish(self) -> SimpleNamespace:
         """Wait for the run; `code` as of subprocess (minus the signal for a killed one), `out`, `err`."""
+        self.server.stdin.write("\n")
+        self.server.stdin.flush()
         code = os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
         return SimpleNamespace(code=code, out=(self.folder / "out").read_text(), err=(self.folder / "err").read_text())
 
@@ -57,7 +59,7 @@ class Forks:
         pid = self.start(*argv, **how)
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)  # one that has ended is not yet waited for by anyone else: the id is its own
+            os.kill(pid, signal.SIGKILL)  # perhaps too late: the id stays its own until `finish`
         return self.finish()
 
 
@@ -104,8 +106,6 @@ def _fork_processes(count: int) -> None:
 
 
 def _serve() -> None:
-    import faiss  # noqa: F401
-    import sklearn.cluster  # noqa: F401
     import torch
     import torchvision  # noqa: F401
 
@@ -133,8 +133,7 @@ def _serve() -> None:
                 sys.stderr.flush()
                 os._exit(status)
         print(pid, flush=True)
-        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # ended, its id still its own
-        del info
+        sys.stdin.readline()  # until `finish`, so that the id of a process that has ended is given to no other
         print(os.waitpid(pid, 0)[1], flush=True)
 
 

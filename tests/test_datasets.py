@@ -289,3 +289,38 @@ def test_resident_views_equal_cut_views() -> None:
     for (views, index), (gathered, same) in zip(host, resident, strict=True):
         assert torch.equal(views, gathered)
         assert torch.equal(index, same)
+
+
+# ---------------------------------------------------------------- the same data
+
+
+def test_fingerprint_sees_every_byte_shape_and_dtype(tmp_path, monkeypatch):
+    """Also at the edges of the blocks that it is computed by."""
+    monkeypatch.setattr("datasets.arrays.HASH_BLOCK", 1000)
+    images, labels = shapes(4, range(1, 3), 16, 0)  # 3072 bytes
+    seen = set()
+    for place in (None, 0, 999, 1000, 2999, 3071):
+        changed = images.copy()
+        if place is not None:
+            changed.reshape(-1)[place] ^= 1
+        write_split(tmp_path, "tiny", "training", changed, labels)
+        found = load_split(tmp_path, "tiny", "training").fingerprint()
+        assert found["images"].startswith("uint8 (4, 16, 16, 3) sha256 ")
+        assert found["labels"].startswith("int64 (4,) sha256 ")
+        seen.add(found["images"])
+    assert len(seen) == 6
+    write_split(tmp_path, "tiny", "training", changed, labels.astype(np.int32))
+    assert load_split(tmp_path, "tiny", "training").fingerprint() == found  # labels count as int64
+    write_split(tmp_path, "tiny", "training", changed, labels + 1)
+    other = load_split(tmp_path, "tiny", "training").fingerprint()
+    assert other["images"] == found["images"] and other["labels"] != found["labels"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_check_before_and_after_each_batch(training, workers):
+    calls: list[int] = []
+    plan = EpochPlan(len(training), 5, training.shape[1], 0, 1)
+    list(TwoViewLoader(training, plan, workers, check=lambda: calls.append(1)))
+    assert len(calls) == 2 * len(plan)
+    list(center_crops(training, 7, workers, lambda: calls.append(1)))
+    assert len(calls) == 2 * len(plan) + 2 * -(-len(training) // 7)
