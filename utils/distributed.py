@@ -169,8 +169,8 @@ def joined() -> Iterator[Processes]:
             raise SystemExit(getattr(error, "status", 1)) from None
         if _lost_another(error):
             raise UserError(
-                f"one of the {count} processes ended without a message (killed, or its machine is gone); "
-                "what was saved last can be continued with --resume"
+                f"one of the {count} processes ended without a message (killed, as for lack of memory, or its machine "
+                "is gone); what was saved last can be continued with --resume"
             ) from None
         raise
     dist.destroy_process_group()
