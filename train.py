@@ -92,12 +92,9 @@ def make_parser() -> Parser:
                    help="input: the mean-subtracted image / 255, as released; image: the image in [0, 1]")  # fmt: skip
     g = p.add_argument_group("optimisation")
     g.add_argument("--lr", type=real(0, above=True), default=0.001, help="learning rate of plain SGD, constant")
-    g.add_argument(
-        "--batch_size",
-        type=whole(1),
-        default=64,
-        help="m, images a batch, of all processes together; the network sees 2m views",
-    )
+    g.add_argument("--batch_size", type=whole(1), default=64,
+                   help="m, images a batch (of all processes of torchrun together); the network sees 2m "
+                   "views")  # fmt: skip
     g.add_argument("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores and saves the untrained network")
     g.add_argument("--seed", type=whole(0), default=1024, help="of everything random")
     g = p.add_argument_group("evaluation")
