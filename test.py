@@ -7,14 +7,19 @@ from utils.stopping import StopRequest, interrupt_in_one_line
 if __name__ == "__main__":
     interrupt_in_one_line()  # the imports below take a while
 
+import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
 from utils.errors import UserError, run_script
-from utils.process import share_cores
+from utils.process import is_first, share_cores
 from utils.progress import progress
+
+if TYPE_CHECKING:  # --help does not wait for these
+    from utils.distributed import Processes
 
 
 def make_parser() -> Parser:
@@ -65,14 +70,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--save_embeddings {args.save_embeddings}: the name must end in .npy")
     share_cores()
     import models  # noqa: F401  # and torch: slow, so before StopRequest takes over
+    from utils.distributed import joined
 
-    with StopRequest() as stop, stop.at_once():
-        test(args)
+    with StopRequest() as stop, stop.at_once(), joined() as processes:
+        test(args, processes)
     return 0
 
 
-def test(args) -> None:
-    """Load, embed, score, print."""
+def test(args: argparse.Namespace, processes: Processes) -> None:
+    """Load, embed, score, print; of many processes each embeds some of the images, the first does the rest."""
     import torch
 
     from datasets import center_crops, load_split
@@ -80,13 +86,16 @@ def test(args) -> None:
     from utils.evaluation import score
     from utils.features import extract_features
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, processes)
     split = load_split(args.data_dir, args.dataset, "validation", args.image_size)
+    processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
     torch.manual_seed(args.seed)
     model, what = load_network(args, device)
-    batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged)
-    batches = progress(batches, len(split) / args.test_batch, "test features")
-    pooled, embeddings = extract_features(model, batches, args.precision)
+    batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
+    batches = progress(batches, len(split) / (args.test_batch * processes.count), "test features")
+    pooled, embeddings = extract_features(model, batches, args.precision, processes)
+    if not processes.first:
+        return
     features = pooled if args.backbone else embeddings
     result = {
         **what,
@@ -130,7 +139,10 @@ def find_checkpoint(given: str) -> Path:
     best = run / "best.pth"
     if not best.is_file():
         raise UserError(f"{best}: no such file; {run} holds no finished epoch yet")
-    print(f"{given}: taking {best}, the epoch that was best on the test half (chosen on test; last.pth is the last)")
+    if is_first():
+        print(
+            f"{given}: taking {best}, the epoch that was best on the test half (chosen on test; last.pth is the last)"
+        )
     return best
 
 

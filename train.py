@@ -16,11 +16,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, real, whole
 from utils.errors import DivergedError, UserError, run_script
@@ -29,11 +28,14 @@ from utils.progress import progress
 from utils.runs import BEST, LAST, RunFolder
 
 if TYPE_CHECKING:  # --help does not wait for these
+    from collections.abc import Callable, Iterator
+
     import torch
     from torch import Tensor
 
     from datasets import Split
     from models import CBSwR
+    from utils.distributed import Processes
 
 REMOVED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -42,6 +44,7 @@ REMOVED = {
 }
 CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps"}  # on --resume, with these:
 CHANGEABLE |= {"deterministic", "device", "data_on", "workers", "log_dir", "data_dir"}
+MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ between machines of one job
 LOSSES = ("loss", "metric", "rim", "reconstruction")
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
 log = logging.getLogger("train")
@@ -89,7 +92,9 @@ def make_parser() -> Parser:
                    help="input: the mean-subtracted image / 255, as released; image: the image in [0, 1]")  # fmt: skip
     g = p.add_argument_group("optimisation")
     g.add_argument("--lr", type=real(0, above=True), default=0.001, help="learning rate of plain SGD, constant")
-    g.add_argument("--batch_size", type=whole(1), default=64, help="m, images a batch; the network sees 2m views")
+    g.add_argument("--batch_size", type=whole(1), default=64,
+                   help="m, images a batch (of all processes of torchrun together); the network sees 2m "
+                   "views")  # fmt: skip
     g.add_argument("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores and saves the untrained network")
     g.add_argument("--seed", type=whole(0), default=1024, help="of everything random")
     g = p.add_argument_group("evaluation")
@@ -189,10 +194,12 @@ class Job:
     data: dict  # their fingerprints
     resident: Tensor | None  # the training images, where they lie on the GPU
     model: CBSwR
+    step: torch.nn.Module  # the losses of a batch
     optimizer: torch.optim.Optimizer
     run: RunFolder
     state: State
     stop: StopRequest
+    processes: Processes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,11 +208,15 @@ def main(argv: list[str] | None = None) -> int:
     share_cores()
     import models  # noqa: F401  # and torch: slow, so before StopRequest takes over
     from utils.devices import memory_faults
+    from utils.distributed import joined
 
     run = RunFolder(Path(args.checkpoint_dir) / args.model_name)
-    with memory_faults(lambda: memory_advice(args, run.path)), StopRequest() as stop, closing(run):
+    with memory_faults(lambda: memory_advice(args, run.path)), StopRequest() as stop, ExitStack() as stack:
         with stop.at_once():
-            job = set_up(args, run, stop)
+            processes = stack.enter_context(joined())
+            stack.callback(run.close)
+            job = set_up(args, run, stop, processes)
+        stop.agree = processes.largest if processes.count > 1 else None
         try:
             train(job)
         except Stopped as stopped:
@@ -228,7 +239,7 @@ def train(job: Job) -> None:
     args, state = job.args, job.state
     if args.n_epoch == 0 and not state.rows:
         with job.stop.at_once():
-            scores = evaluate(job.model, job.validation, args)
+            scores = evaluate(job)
         end_epoch(job, {"epoch": 0, **scores, "best": True})
     while state.epoch < args.n_epoch:
         if state.current is None:
@@ -238,7 +249,7 @@ def train(job: Job) -> None:
         started = time.perf_counter()
         if row["epoch"] % args.interval == 0 or row["epoch"] == args.n_epoch:
             with job.stop.at_once():
-                row |= evaluate(job.model, job.validation, args)
+                row |= evaluate(job)
             row["best"] = row["recall@1"] > max((r["recall@1"] for r in state.rows if "recall@1" in r), default=-1.0)
         row["seconds"] = {**state.current.seconds, "evaluate": time.perf_counter() - started}
         row["seconds"]["epoch"] = sum(row["seconds"].values())
@@ -268,7 +279,8 @@ def train_steps(job: Job) -> None:
 
     args, state, epoch = job.args, job.state, job.state.current
     positives = None if epoch.positives is None else epoch.positives.numpy()
-    plan = EpochPlan(len(job.training), args.batch_size, job.training.image_size, args.seed, state.epoch + 1, positives)
+    plan = EpochPlan(len(job.training), args.batch_size, job.training.image_size, args.seed, state.epoch + 1, positives,
+                     job.processes.share)  # fmt: skip
     if job.resident is None:
         loader = TwoViewLoader(job.training.images, plan, args.workers, epoch.step, job.training.check_unchanged)
     else:
@@ -293,45 +305,48 @@ def train_steps(job: Job) -> None:
 
 
 def train_step(job: Job, views: Tensor, images: Tensor) -> Tensor:
-    """One step of SGD on a batch of views (2m, crop, crop, 3); its LOSSES, float64 on the device."""
+    """One step of SGD on a batch of views (2m, crop, crop, 3); its LOSSES, float64 on the device.
+
+    Of many processes each has its share of the views, and all have the losses of the whole batch.
+    """
     import torch
 
-    from losses import cbswr_losses, total_loss
     from utils.features import network_autocast
 
-    args, model, labels = job.args, job.model, None
-    inputs = model.normalization(views.to(job.device, non_blocking=True))  # (2m, 3, H, W)
-    if args.pseudo_labels == "kmeans":
+    labels = None
+    inputs = job.model.normalization(views.to(job.device, non_blocking=True))  # (2m, 3, H, W)
+    if job.args.pseudo_labels == "kmeans":
         labels = job.state.pseudo_labels[images].to(job.device)
-    with network_autocast(job.device, args.precision):
-        losses = cbswr_losses(model, inputs, labels, temperature=args.t, alpha=args.alpha, mu=args.mu,
-                              neg_m=args.neg_m, recon_target=args.recon_target)  # fmt: skip
-    losses["loss"] = total_loss(losses, args.ml, args.rim, args.recon)
+    with network_autocast(job.device, job.args.precision):
+        losses = job.step(inputs, labels)
     job.optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
     job.optimizer.step()
     return torch.stack([losses[name].detach().double() for name in LOSSES])
 
 
-def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest) -> Job:
+def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processes: Processes) -> Job:
     """Load the data, make the network or load the run to continue, and open the run's folder."""
     import torch
 
     from datasets import load_split
     from models import build_model
+    from models.batch_norm import share_batch_norm
     from utils.devices import choose_device, compute_deterministically
 
     if args.deterministic:
         compute_deterministically()
-    device = choose_device(args.device)
+    device = choose_device(args.device, processes)
     if device.type == "cpu":
         keep_freed_memory()
     training = load_split(args.data_dir, args.dataset, "training", args.image_size)
     validation = load_split(args.data_dir, args.dataset, "validation", training.image_size)
-    check_sizes(args, training, validation)
+    check_sizes(args, training, validation, processes.count)
+    config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
     data = {"training": training.fingerprint(), "validation": validation.fingerprint()}
-    stale = [] if args.resume else run.files_to_overwrite(args.overwrite)
-    saved = load_run(run, args.resume) if args.resume else None
+    processes.check_same({f"--{name}": config[name] for name in sorted(config.keys() - MACHINE)} | data)
+    stale = run.files_to_overwrite(args.overwrite) if processes.first and not args.resume else []
+    saved = processes.from_first(load_run(run, args.resume) if processes.first and args.resume else None)
     if saved:
         check_data(saved, data, training, validation)
 
@@ -339,16 +354,20 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest) -> Job:
     torch.manual_seed(args.seed)
     model = build_model(args.backbone, args.n_cluster, args.low_dim, "none" if saved else args.weights)
     model = model.to(device, memory_format=torch.channels_last)
+    model.base_model = share_batch_norm(model.base_model, processes, device)
+    step = training_step(args, model, device, processes)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
-    config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
-    job = Job(args, config, device, training, validation, data, resident, model, optimizer, run, State(), stop)
+    job = Job(args, config, device, training, validation, data, resident, model, step, optimizer, run, State(), stop,
+              processes)  # fmt: skip
     if saved:
         restore(job, saved)
-    run.begin(config, job.state.rows, stale)  # not before the new run is sure to start
-    start_log(args, run.path)
-    log.info("%s: %d training images, %d test images of %d classes, %d px; %s on %s in %s; run folder %s",
+    if processes.first:
+        run.begin(config, job.state.rows, stale)  # not before the new run is sure to start
+        start_log(args, run.path)
+    log.info("%s: %d training images, %d test images of %d classes, %d px; %s on %s in %s%s; run folder %s",
              args.dataset, len(training), len(validation), len(set(validation.labels.tolist())), training.image_size,
-             args.backbone, device, args.precision, run.path)  # fmt: skip
+             args.backbone, device, args.precision,
+             f", {processes.count} processes" if processes.count > 1 else "", run.path)  # fmt: skip
     if args.resume:
         log.info("continuing %s", where(job))
     if saved and job.state.epoch >= args.n_epoch:
@@ -356,7 +375,19 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest) -> Job:
     return job
 
 
-def check_sizes(args: argparse.Namespace, training, validation) -> None:
+def training_step(
+    args: argparse.Namespace, model: CBSwR, device: torch.device, processes: Processes
+) -> torch.nn.Module:
+    """The module that gives the losses of a batch; of many processes each takes its share of the batch."""
+    from losses import TrainingStep
+
+    weights = (args.ml, args.rim, args.recon)
+    step = TrainingStep(model, weights, temperature=args.t, alpha=args.alpha, mu=args.mu, neg_m=args.neg_m,
+                        recon_target=args.recon_target, processes=processes)  # fmt: skip
+    return processes.parallel(step, device, every_weight=all(weights))
+
+
+def check_sizes(args: argparse.Namespace, training, validation, processes: int) -> None:
     """Options that the data set limits, and a test half that cannot be scored."""
     count = len(training)
     if len(set(validation.labels.tolist())) < 2:
@@ -365,6 +396,9 @@ def check_sizes(args: argparse.Namespace, training, validation) -> None:
         raise UserError(
             f"--batch_size {args.batch_size}: the training half of {args.dataset} holds {count} images only"
         )
+    if args.batch_size % processes:
+        raise UserError(f"--batch_size {args.batch_size}: {processes} processes cannot share a batch evenly; give a "
+                        f"multiple of {processes}, or start another number of processes")  # fmt: skip
     if args.n_cluster > count:
         raise UserError(f"--n_cluster {args.n_cluster}: more clusters than the {count} training images")
 
@@ -449,6 +483,8 @@ def save(job: Job, best: bool = False) -> None:
 
     state = job.state
     check_weights(job.model, where(job))
+    if not job.processes.first:
+        return
     state.whole = False
     job.run.save(
         {
@@ -502,11 +538,15 @@ def pseudo_label_images(job: Job) -> tuple[Tensor | None, Tensor | None, dict]:
     mine = args.positives == "nn" or (args.positives == "auto" and args.dataset == "cub200")
     if not mine and args.pseudo_labels == "rim":
         return None, None, {}
-    from utils import clustering, metrics, search
-    from utils.features import extract_features
+    pooled, _ = features(job, training, f"epoch {epoch}: features")
+    return by_first(job, lambda: mine_and_cluster(job, pooled.to(job.device), mine))
 
-    pooled, _ = extract_features(job.model, crops(training, args, f"epoch {epoch}: features"), args.precision)
-    pooled = pooled.to(job.device)
+
+def mine_and_cluster(job: Job, pooled: Tensor, mine: bool) -> tuple[Tensor | None, Tensor | None, dict]:
+    """`pseudo_label_images` from the pooled features (N, C)."""
+    from utils import clustering, metrics, search
+
+    args, epoch = job.args, job.state.epoch + 1
     positives = search.nearest_neighbors(pooled, 1)[1][:, 0].cpu() if mine else None
     if args.pseudo_labels == "rim":
         return positives, None, {}
@@ -533,21 +573,40 @@ def mean_losses(epoch: EpochUnderWay) -> dict[str, float]:
     return {name if name == "loss" else f"{name}_loss": mean for name, mean in zip(LOSSES, means, strict=True)}
 
 
-def crops(split: Split, args: argparse.Namespace, title: str) -> Iterable[Tensor]:
-    """Batches of the centre crops of all images of a split, under a progress bar."""
-    from datasets import center_crops
-
-    batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged)
-    return progress(batches, len(split) / args.test_batch, title)
-
-
-def evaluate(model, validation, args: argparse.Namespace) -> dict:
+def evaluate(job: Job) -> dict:
     """R@1/2/4/8 and NMI of the test half, by its embeddings (paper section 4)."""
     from utils.evaluation import score
+
+    _, embeddings = features(job, job.validation, "test features")
+    return by_first(job, lambda: score(embeddings.to(job.device), job.validation.labels))
+
+
+def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:
+    """Pooled features (N, C) and embeddings (N, D) of a half; of many processes each computes some batches."""
+    from datasets import center_crops
     from utils.features import extract_features
 
-    _, embeddings = extract_features(model, crops(validation, args, "test features"), args.precision)
-    return score(embeddings.to(next(model.parameters()).device), validation.labels)
+    args, processes = job.args, job.processes
+    rounds = len(split) / (args.test_batch * processes.count)
+
+    def stoppable(crops: Iterator[Tensor]) -> Iterator[Tensor]:
+        for number, batch in enumerate(crops):
+            if number < int(rounds):  # in these every process has a batch
+                job.stop.check()
+            yield batch
+
+    crops = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
+    return extract_features(job.model, progress(stoppable(crops), rounds, title), args.precision, processes)
+
+
+def by_first(job: Job, work: Callable[[], Any]) -> Any:
+    """What `work` gives in the first process, for all of them; a request to stop ends it for all."""
+    if job.processes.count == 1:
+        return work()
+    found, signal = job.processes.from_first(job.stop.caught(work) if job.processes.first else None)
+    if signal:
+        raise Stopped(signal)
+    return found
 
 
 class LogFile(logging.FileHandler):

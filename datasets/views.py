@@ -38,14 +38,26 @@ class EpochPlan:
     """The order, crops, flips and second views of one epoch over N images of side S, in batches of m images."""
 
     def __init__(
-        self, count: int, batch_size: int, image_size: int, seed: int, epoch: int, positives: np.ndarray | None = None
+        self,
+        count: int,
+        batch_size: int,
+        image_size: int,
+        seed: int,
+        epoch: int,
+        positives: np.ndarray | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        """positives: (N,) index of each image's positive; the second view is of it or of the image itself, by coin."""
+        """positives: (N,) index of each image's positive; the second view is of it or of the image itself, by coin.
+
+        share: (r, n) gives of every batch's images the r-th of n parts (those of one of n processes).
+        """
         if not 1 <= batch_size <= count:
             raise ValueError(f"a batch of {batch_size} images needs at least as many; there are {count}")
+        if batch_size % share[1]:
+            raise ValueError(f"a batch of {batch_size} images cannot be shared by {share[1]} processes")
         rng = np.random.default_rng([seed, epoch])
         margin = image_size - crop_size(image_size)
-        self.batch_size = batch_size
+        self.batch_size, self.share = batch_size, share
         self.order = rng.permutation(count)  # (N,)
         self.top, self.left = rng.integers(0, margin + 1, (2, 2, count))  # (2, N) each, a row for each view
         self.flip = rng.random((2, count)) < FLIP_PROBABILITY  # (2, N)
@@ -58,11 +70,14 @@ class EpochPlan:
         return len(self.order) // self.batch_size
 
     def images(self, batch: int) -> np.ndarray:
-        """Index (m,) of the images of a batch."""
-        return self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        """Index (m,) of the images of a batch, or of the share of it."""
+        part, parts = self.share
+        images = self.batch_size // parts
+        start = batch * self.batch_size + part * images
+        return self.order[start : start + images]
 
     def views(self, batch: int) -> Views:
-        """The 2m rows of a batch: the first views of its images, then the second views in the same order."""
+        """The 2m rows of a batch (of the share): first views of its images, then second views in the same order."""
         images = self.images(batch)
         both = [np.concatenate([a[0, images], a[1, images]]) for a in (self.top, self.left, self.flip)]
         return Views(np.concatenate([images, self.second[images]]), *both)
@@ -130,11 +145,16 @@ def gather_views(images: Tensor, views: Views) -> Tensor:
 
 
 def center_crops(
-    images: np.ndarray, batch_size: int, workers: int = 1, check: Callable[[], None] = lambda: None
+    images: np.ndarray,
+    batch_size: int,
+    workers: int = 1,
+    check: Callable[[], None] = lambda: None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Tensor]:
     """Iterate the centre crops of all images in order: uint8 (<= batch_size, crop, crop, 3).
 
     check: called before and after the images of a batch are read; may raise.
+    share: (r, n) gives every n-th batch only, beginning with number r (those of one of n processes).
     """
     crop = crop_size(images.shape[1])
     start = (images.shape[1] - crop) // 2
@@ -143,7 +163,8 @@ def center_crops(
     def batch(first: int) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(images[first : first + batch_size, inner, inner]))
 
-    yield from _ahead(batch, range(0, len(images), batch_size), workers, check)
+    part, parts = share
+    yield from _ahead(batch, range(part * batch_size, len(images), parts * batch_size), workers, check)
 
 
 def _ahead(make, numbers: range, workers: int, check: Callable[[], None]) -> Iterator:

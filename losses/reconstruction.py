@@ -9,7 +9,8 @@ from torch import Tensor
 def cluster_means(rows: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
     """Mean of the rows of each cluster: rows (B, ...), cluster (B,) in 0..U-1, counts (U,) -> (U, ...).
 
-    Summed in float32 (float64 for float64 rows), differentiable in `rows`.
+    Summed in float32 (float64 for float64 rows), differentiable in `rows`. Where the rows are a share of those that
+    `counts` counts, the results of all shares add up to the means.
     """
     wide = rows if rows.dtype == torch.float64 else rows.float()
     weight = torch.zeros(len(counts), len(rows), dtype=wide.dtype, device=rows.device)

@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory) -> Iterator[Forks]:
-    """Processes of train.py of their own."""
+    """Runs of the scripts in processes of their own."""
     forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name", ["recall", "kmeans", "growth", "train_step", "pre_process"])
+@pytest.mark.parametrize("name", ["recall", "kmeans", "growth", "train_step", "pre_process", "scaling"])
 def test_tiny_run(name: str, root: Path, tmp_path: Path) -> None:
     out = tmp_path / "deeper" / f"{name}.json"
     command = [sys.executable, f"benchmarks/{name}.py", "--tiny", "--repeats", "1", "--out", str(out)]

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from utils.process import place
+
 # the names of models.BACKBONES, which takes seconds to import
 BACKBONE_NAMES = (
     "googlenet",
@@ -113,9 +115,11 @@ class Parser(argparse.ArgumentParser):
         return content
 
     def error(self, message: str) -> None:
-        """One line and exit status 2; argparse's usage text would bury it."""
+        """One line and exit status 2; argparse's usage text would bury it. One line on a machine of many processes."""
         source = f"{self._source}: " if self._source and self._source not in message else ""
-        self.exit(2, f"{self.prog}: error: {source}{message} (see {self.prog} --help)\n")
+        here = place()
+        line = f"{self.prog}: error: {source}{message} (see {self.prog} --help)\n"
+        self.exit(2, line if here is None or here.local_rank == 0 else None)
 
     def _options(self) -> dict[str, argparse.Action]:
         return {s: action for action in self._actions for s in action.option_strings if s.startswith("--")}

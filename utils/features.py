@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.distributed import ALONE, Processes
 from utils.errors import DivergedError
 
 
@@ -17,10 +18,13 @@ def network_autocast(device: torch.device | str, precision: str) -> torch.autoca
 
 
 @torch.inference_mode()
-def extract_features(model: Any, batches: Iterable[Tensor], precision: str = "fp32") -> tuple[Tensor, Tensor]:
+def extract_features(
+    model: Any, batches: Iterable[Tensor], precision: str = "fp32", processes: Processes = ALONE
+) -> tuple[Tensor, Tensor]:
     """Pooled features (N, C) and embeddings (N, D) of all images, of unit length, float32 on the CPU.
 
-    batches: uint8 RGB tensors (b, H, W, 3). The model's training mode is restored afterwards.
+    batches: uint8 RGB tensors (b, H, W, 3); of several processes each brings every count-th batch, beginning with
+    number `rank`, and all get all rows, bit for bit those of one. The model's training mode is restored afterwards.
     Raises DivergedError when a feature is not finite, as in a network whose training diverged.
     """
     device = next(model.parameters()).device
@@ -35,7 +39,7 @@ def extract_features(model: Any, batches: Iterable[Tensor], precision: str = "fp
             embeddings.append(parts[1].float().cpu())
     finally:
         model.train(was_training)
-    features = torch.cat(pooled), torch.cat(embeddings)
+    features = processes.gather_batches(pooled), processes.gather_batches(embeddings)
     if not all(part.isfinite().all() for part in features):
         raise DivergedError("the network's features are not finite: its training diverged")
     return features

@@ -5,8 +5,31 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import NamedTuple
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's <malloc.h>
+
+
+class Place(NamedTuple):
+    """This process's number among all `count` of a job, and among those of its machine."""
+
+    rank: int
+    local_rank: int
+    count: int
+
+
+def place() -> Place | None:
+    """Where torchrun has put this process; None if it did not start it."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names):
+        return None
+    return Place(*(int(os.environ[name]) for name in names[:3]))
+
+
+def is_first() -> bool:
+    """Whether this process is the one of its job that speaks to the user."""
+    here = place()
+    return here is None or here.rank == 0
 
 
 def share_cores() -> None:

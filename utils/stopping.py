@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
+
+from utils.process import is_first
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -16,7 +19,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.status = 128 + number
+        self.number, self.status = number, 128 + number
 
 
 def interrupt_in_one_line() -> None:
@@ -36,10 +39,14 @@ class StopRequest:
 
     Work whose partial result nobody needs goes under `at_once`, where the first signal is met wherever it comes.
     Signals that the process was started to ignore (a shell's background job, nohup) stay ignored.
+
+    agree: of many processes, the largest of all their numbers. Each of them then meets a request at the same `check`,
+    also those that it did not reach: one that left by itself would leave the others waiting for it.
     """
 
     def __init__(self) -> None:
-        self._number: int | None = None
+        self.agree: Callable[[int], int] | None = None
+        self._number = 0  # of the signal that has come
         self._raises = False
         self._before: dict[int, object] = {}
 
@@ -53,22 +60,35 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise `Stopped` if a signal has come."""
-        if self._number is not None:
-            raise Stopped(self._number)
+        number = self.agree(self._number) if self.agree else self._number
+        if number:
+            raise Stopped(number)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal raise `Stopped` anywhere in the block."""
-        self._raises = True
+        """Let a signal raise `Stopped` anywhere in the block; of many processes at its ends alone."""
+        before, self._raises = self._raises, self.agree is None
         try:
             self.check()  # one that came before the block
             yield
             self.check()  # one whose exception a library has swallowed
         finally:
-            self._raises = False
+            self._raises = before
+
+    def caught(self, work: Callable[[], Any]) -> tuple[Any, int]:
+        """What `work`, which no other process has a part in, gives, and 0; or None and the signal that has ended it."""
+        before, self._raises = self._raises, True
+        try:
+            if self._number:
+                return None, self._number
+            return work(), self._number
+        except Stopped as stopped:
+            return None, stopped.number
+        finally:
+            self._raises = before
 
     def _note(self, number: int, _frame: object) -> None:
-        if self._number is not None:
+        if self._number:
             _end_at_once(number, "stopped at once by a second signal; the last checkpoint is whole")
         self._number = number
         if self._raises:
@@ -96,6 +116,8 @@ def _end_at_once(number: int, what: str) -> None:
 
 
 def _tell(what: str) -> None:
-    """A line on stderr, from a signal handler: print may be in the middle of a line."""
+    """A line on stderr, from a signal handler: print may be in the middle of a line. The first of many speaks."""
+    if not is_first():
+        return
     with suppress(OSError):
         os.write(2, f"{os.path.basename(sys.argv[0])}: {what}\n".encode())
