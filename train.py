@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, real, whole
+from utils.arguments import BACKBONE_NAMES, LARGEST_SEED, Parser, folder_name, name_of, path_name, real, whole
 from utils.errors import UserError, run_script
 from utils.process import keep_freed_memory, share_cores
 from utils.progress import progress
@@ -36,15 +36,19 @@ def make_parser() -> Parser:
     g.add_argument(
         "--dataset", type=folder_name, default="cub200", help="cub200, car196, glyphs, or any name with arrays"
     )
-    g.add_argument("--data_dir", default="data", help="the folder that holds <dataset>/")
+    g.add_argument("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
     g.add_argument("--image_size", type=whole(8), help="which pre-processed size to take, if there are several")
-    g.add_argument("--workers", type=whole(0), default=2, help="threads that cut crops ahead; changes speed alone")
+    g.add_argument(
+        "--workers", type=whole(0, 1024), default=2, help="threads that cut crops ahead; changes speed alone"
+    )
     g = p.add_argument_group("network")
     g.add_argument(
         "--backbone", type=name_of(BACKBONE_NAMES), default="googlenet", help=f"one of {', '.join(BACKBONE_NAMES)}"
     )
-    g.add_argument("--weights", default="auto", help="auto (usual ImageNet weights), none (random), or a file")
-    g.add_argument("--low_dim", type=whole(1), default=128, help="size of the embedding")
+    g.add_argument(
+        "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
+    )
+    g.add_argument("--low_dim", type=whole(2, 65536), default=128, help="size of the embedding")
     g.add_argument("--n_cluster", type=whole(2), default=32, help="K, the number of clusters")
     g = p.add_argument_group("method")
     g.add_argument("--positives", type=name_of(("auto", "self", "nn")), default="auto",
@@ -56,13 +60,13 @@ def make_parser() -> Parser:
     g.add_argument("--kmeans_engine", type=name_of(("auto", "faiss", "torch")), default="auto",
                    help="of --pseudo_labels kmeans; auto: faiss where it is installed, else the project's "
                    "own")  # fmt: skip
-    g.add_argument("--t", type=real(0, above=True), default=0.1, help="temperature of the centre-based softmax")
+    g.add_argument("--t", type=real(1e-6), default=0.1, help="temperature of the centre-based softmax")
     g.add_argument(
         "--alpha", type=real(0), default=1.0, help="weight of the push from other centres in the metric loss"
     )
     g.add_argument("--mu", type=real(0), default=1.0, help="weight of the balance term in the clustering loss")
     g.add_argument(
-        "--neg_m", type=whole(1), default=1, help="factor on every sum over other clusters in the metric loss"
+        "--neg_m", type=whole(1, 10**6), default=1, help="factor on every sum over other clusters in the metric loss"
     )
     g.add_argument("--ml", type=real(0), default=0.9, help="weight of the metric loss")
     g.add_argument("--rim", type=real(0), default=0.3, help="weight of the clustering loss")
@@ -73,16 +77,20 @@ def make_parser() -> Parser:
     g.add_argument("--lr", type=real(0, above=True), default=0.001, help="learning rate of plain SGD, constant")
     g.add_argument("--batch_size", type=whole(1), default=64, help="m, images a batch; the network sees 2m views")
     g.add_argument("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores and saves the untrained network")
-    g.add_argument("--seed", type=whole(0), default=1024, help="of everything random")
+    g.add_argument("--seed", type=whole(0, LARGEST_SEED), default=1024, help="of everything random")
     g = p.add_argument_group("evaluation")
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch in evaluation and feature passes")
     g.add_argument("--interval", type=whole(1), default=1, help="evaluate every so many epochs (and after the last)")
     g = p.add_argument_group("run")
     g.add_argument("--model_name", type=folder_name, help="name of the run's folder (default: CBSwR_<DATASET>)")
-    g.add_argument("--checkpoint_dir", default="new_checkpoint", help="the folder that holds the runs' folders")
-    g.add_argument("--log_dir", help="where <model_name>.log goes, all that is printed (default: the run's folder)")
-    g.add_argument("--config", metavar="FILE", help="JSON file of options; the command line stands above it")
-    g.add_argument("--resume", metavar="RUN", help="continue a run: its folder or its last.pth")
+    g.add_argument(
+        "--checkpoint_dir", type=path_name, default="new_checkpoint", help="the folder that holds the runs' folders"
+    )
+    g.add_argument(
+        "--log_dir", type=path_name, help="where <model_name>.log goes, all that is printed (default: the run's folder)"
+    )
+    g.add_argument("--config", type=path_name, metavar="FILE", help="JSON options; the command line stands above them")
+    g.add_argument("--resume", type=path_name, metavar="RUN", help="continue a run: its folder or its last.pth")
     g.add_argument("--overwrite", action="store_true", help="start afresh where a finished or stopped run lies")
     g = p.add_argument_group("machine")
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
@@ -121,6 +129,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args = parser.parse(argv, parser.read_json(args.config), args.config)
         if args.resume:
             parser.error(f"{args.config}: resume belongs on the command line")
+    if args.kmeans_engine != "auto" and args.pseudo_labels != "kmeans":
+        parser.error(f"--kmeans_engine {args.kmeans_engine} goes with --pseudo_labels kmeans; leave it out")
     if args.model_name is None:
         args.model_name = f"CBSwR_{ {'cub200': 'CUB200', 'car196': 'Car196'}.get(args.dataset, args.dataset) }"
     return args
@@ -144,8 +154,9 @@ def main(argv: list[str] | None = None) -> int:
     validation = load_split(args.data_dir, args.dataset, "validation", training.image_size)
     check_sizes(args, training, validation)
     run = Path(args.checkpoint_dir) / args.model_name
-    saved = load_run(run, device) if args.resume else None
+    saved = load_run(run, device, len(training)) if args.resume else None
     held = [] if saved else files_to_overwrite(run, args.overwrite)
+    check_folders(args, run)
 
     resident = to_device(training.images, device, args.data_on)
     torch.manual_seed(args.seed)
@@ -153,12 +164,12 @@ def main(argv: list[str] | None = None) -> int:
     model = build_model(args.backbone, args.n_cluster, args.low_dim, weights)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
+    rows, state = begin_or_continue(saved, model, optimizer)  # before anything is written: it may refuse
 
     run.mkdir(parents=True, exist_ok=True)
     for path in held:  # not before the new run is sure to start
         path.unlink()
     start_log(args, run)
-    rows, state = begin_or_continue(saved, model, optimizer)
     config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
     runs.save_config(run, config)
     runs.save_metrics(run, rows)
@@ -210,8 +221,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_sizes(args: argparse.Namespace, training, validation) -> None:
-    """Options that the data set limits, and a test half that cannot be scored."""
+    """Options that the data set and the machine limit, and a test half that cannot be scored."""
+    from datasets import crop_size
+    from models import check_crop_size
+    from utils.clustering import has_faiss
+
     count = len(training)
+    check_crop_size(args.backbone, crop_size(training.image_size))
+    if args.kmeans_engine == "faiss" and not has_faiss():
+        raise UserError(
+            "--kmeans_engine faiss: faiss cannot be imported here; install it, or use --kmeans_engine torch"
+        )
     if len(set(validation.labels.tolist())) < 2:
         raise UserError(f"{validation.path}: holds images of one class only; scores need at least two test classes")
     if args.batch_size > count:
@@ -243,22 +263,40 @@ def files_to_overwrite(run: Path, overwrite: bool) -> list[Path]:
     from utils import runs
 
     held = [run / name for name in (runs.LAST, runs.BEST, runs.METRICS, runs.CONFIG) if (run / name).exists()]
+    for path in held:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, not the file of a run; choose another --model_name")
     if {run / runs.LAST, run / runs.BEST} & set(held) and not overwrite:
         raise UserError(f"{run}: holds a run already; continue it with --resume {run}, choose another --model_name, "
                         f"or start afresh with --overwrite")  # fmt: skip
     return held
 
 
-def load_run(run: Path, device) -> dict:
-    """The content of a run's last.pth. Raises UserError when there is none."""
-    from models.weights import read_torch_file
+def check_folders(args: argparse.Namespace, run: Path) -> None:
+    """The places that a run writes to, before it makes any of them."""
+    from utils.files import check_writable
+
+    check_writable(run, "choose another --checkpoint_dir")
+    if args.log_dir:
+        check_writable(Path(args.log_dir), "choose another --log_dir")
+    log_file = Path(args.log_dir or run) / f"{args.model_name}.log"
+    if log_file.is_dir():
+        raise UserError(f"{log_file}: is a folder, where the log is to be written; choose another --log_dir")
+
+
+def load_run(run: Path, device, images: int) -> dict:
+    """The content of a run's last.pth, of a training set of `images`. Raises UserError when there is none."""
+    from models.weights import check_tensors, read_torch_file
     from utils import runs
 
     if not (run / runs.LAST).is_file():
         raise UserError(f"{run}: the run was stopped before its first epoch was done; start it again without --resume")
     saved = read_torch_file(run / runs.LAST, device)
-    if not isinstance(saved, dict) or not {"model", "optimizer", "epoch", "rng", "metrics"} <= saved.keys():
-        raise UserError(f"{run / runs.LAST}: not a checkpoint that training can continue from")
+    fault = runs.fault_in(saved, images)
+    if fault:
+        raise UserError(f"{run / runs.LAST}: not a checkpoint that training can continue from ({fault}); "
+                        f"start the run again without --resume")  # fmt: skip
+    check_tensors(saved["model"], run / runs.LAST)
     return saved
 
 
@@ -271,13 +309,14 @@ def begin_or_continue(saved: dict | None, model, optimizer) -> tuple[list[dict],
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        torch.set_rng_state(saved["rng"]["cpu"].cpu())
+        if "cuda" in saved["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--resume: last.pth does not fit the run's config.json ({str(error).splitlines()[0]})"
+            f"--resume: last.pth does not fit the run's config.json ({str(error).splitlines()[0]}); "
+            f"start the run again without --resume"
         ) from None
-    torch.set_rng_state(saved["rng"]["cpu"].cpu())
-    if "cuda" in saved["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
     return saved["metrics"], {"epoch": saved["epoch"], "pseudo_labels": saved["pseudo_labels"]}
 
 
@@ -371,7 +410,8 @@ def start_log(args: argparse.Namespace, run: Path) -> None:
     folder = Path(args.log_dir) if args.log_dir else run
     folder.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.INFO)
-    log.handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(folder / f"{args.model_name}.log")]
+    log_file = logging.FileHandler(folder / f"{args.model_name}.log", encoding="utf-8", errors="backslashreplace")
+    log.handlers = [logging.StreamHandler(sys.stdout), log_file]
 
 
 def print_epoch(row: dict) -> None:

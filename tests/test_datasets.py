@@ -104,7 +104,7 @@ def test_damaged_files(tmp_path, which):
         refused(tmp_path, str(path), "pre-process again")
     with open(path, "wb") as file:
         np.savez(file, a=IMAGES)
-    refused(tmp_path, str(path), "not a .npy array")
+    refused(tmp_path, str(path), "not a plain .npy array")
 
 
 # ---------------------------------------------------------------- the plan of an epoch

@@ -35,6 +35,27 @@ def save_metrics(run: Path, rows: list[dict]) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def fault_in(saved: object, images: int) -> str:
+    """What keeps a training of `images` images from continuing from the content of a last.pth; "" if nothing does."""
+    import torch
+
+    if not isinstance(saved, dict):
+        return f"it holds a {type(saved).__name__}"
+    missing = {"model", "optimizer", "epoch", "rng", "metrics", "pseudo_labels"} - saved.keys()
+    if missing:
+        return f"no {', '.join(sorted(missing))} in it"
+    state, labels, rows, epoch = (saved[name] for name in ("model", "pseudo_labels", "metrics", "epoch"))
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        return "model is no state_dict"
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+        return "epoch is no whole number of 0 or more"
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "epoch" in row for row in rows):
+        return "metrics are no rows, one an epoch"
+    if labels is not None and (not isinstance(labels, torch.Tensor) or labels.shape != (images,)):
+        return f"pseudo_labels are not those of {images} training images"
+    return ""
+
+
 def save_checkpoint(path: Path, content: dict) -> None:
     """torch.save, whole."""
     import torch
