@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -99,17 +100,17 @@ def main(argv: list[str] | None = None) -> int:
 def check_targets(args) -> None:
     """The files to write, before the work: each can be written and is none of those that are read, nor the other."""
     given = Path(args.checkpoint_path or args.weights)
-    read = [path.resolve() for path in (given, given / "best.pth", given.with_suffix("") / "best.pth")]
+    read = [os.path.realpath(path) for path in (given, run_folder(given) / "best.pth")]
     for target in filter(None, (args.json, args.save_embeddings)):
-        path = Path(target).resolve()
+        path = Path(os.path.realpath(target))
         if path.is_dir():
             raise UserError(f"{target}: is a folder; give the name of a file")
         if not path.parent.is_dir():
             raise UserError(f"{target}: its folder does not exist; make it first")
         check_writable(path.parent, "choose another place for the file")
-        if path in read:
+        if str(path) in read:
             raise UserError(f"{target}: is read and would be overwritten; choose another name for what is written")
-        read.append(path)
+        read.append(str(path))
 
 
 def check_split(args, split) -> None:
@@ -120,7 +121,7 @@ def check_split(args, split) -> None:
         raise UserError(f"{split.path}: holds images of one class only; scores need at least two test classes")
     if args.nmi_engine == "faiss" and not has_faiss():
         raise UserError("--nmi_engine faiss: faiss cannot be imported here; install it, or use --nmi_engine torch")
-    if args.save_embeddings and Path(args.save_embeddings).resolve().parent == split.path.resolve().parent:
+    if args.save_embeddings and Path(os.path.realpath(args.save_embeddings)).parent == split.path.parent.resolve():
         raise UserError(f"{args.save_embeddings}: lies among the data set's own arrays; write to another folder")
 
 
@@ -142,10 +143,15 @@ def load_network(args, device):
     }  # fmt: skip
 
 
+def run_folder(path: Path) -> Path:
+    """The run's folder that a checkpoint's path may stand for: itself, or the one of its name without the ending."""
+    return path if path.is_dir() else path.with_suffix("")
+
+
 def find_checkpoint(given: str) -> Path:
     """The file to load: `given` itself, or the best.pth of the run's folder of that name (said on a line)."""
     path = Path(given)
-    run = path if path.is_dir() else path.with_suffix("")
+    run = run_folder(path)
     if path.is_file() or not run.is_dir():
         return path
     best = run / "best.pth"

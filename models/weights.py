@@ -58,24 +58,28 @@ def read_torch_file(path: str | os.PathLike, device: str | torch.device = "cpu")
 
 
 def _check_archive(path: Path) -> None:
-    """Raise UserError unless a zip archive is one of torch.save: stored as it is, and no larger than the file itself.
+    """Raise UserError unless a zip archive is a whole one of torch.save, stored as it is and no larger than the file.
 
-    torch would unpack a compressed one, and a few kilobytes can unpack to any size.
+    torch would unpack a compressed one, and a few kilobytes can unpack to any size; nor does it compare checksums.
     """
+    again = "fetch or make it again"
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            names = {entry.filename.rpartition("/")[2] for entry in entries}
+            if "data.pkl" not in names or "constants.pkl" in names:  # the latter: code for torch.jit
+                kind = "a TorchScript program" if "constants.pkl" in names else "a zip archive of something else"
+                raise UserError(f"{path}: {kind}, not a file written by torch.save; give a checkpoint or a state_dict")
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise UserError(f"{path}: refused: it unpacks to more than it holds, as no file of torch.save; {again}")
+            wrong = archive.testzip()
+    except UserError:
+        raise
     except Exception as error:  # zipfile raises almost anything for damaged archives
-        raise UserError(f"{path}: damaged or truncated ({type(error).__name__}); fetch or make it again") from None
-    names = {entry.filename.rpartition("/")[2] for entry in entries}
-    if "data.pkl" not in names or "constants.pkl" in names:  # the latter: code for torch.jit
-        kind = "a TorchScript program" if "constants.pkl" in names else "a zip archive of something else"
-        raise UserError(f"{path}: {kind}, not a file written by torch.save; give a checkpoint or a state_dict")
-    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise UserError(
-            f"{path}: refused: it unpacks to more than it holds, which torch.save never writes; get another"
-        )
+        raise UserError(f"{path}: damaged or truncated ({type(error).__name__}); {again}") from None
+    if wrong is not None:
+        raise UserError(f"{path}: damaged: its part {wrong} does not match its checksum; {again}")
 
 
 def check_tensors(named: dict[str, Tensor], path: str | os.PathLike) -> None:
