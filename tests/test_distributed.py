@@ -15,8 +15,9 @@ import numpy as np
 import processes as job
 import pytest
 import torch
+from scripts import failed
 from synthetic import shapes, write_dataset, write_split
-from training import failed, options, outcome, same_weights, trained
+from training import options, outcome, same_weights, trained
 
 import train as script
 from utils.distributed import ALONE
