@@ -59,12 +59,20 @@ def run_in_process(script: str, *argv: object, seconds: float = 60) -> Outcome:
     main = module_of(script).main
     with process_as_before(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), within(seconds):
         sys.argv = [str(path_of(script)), *map(str, argv)]
+        show_warnings_as_python_does()
         warnings.showwarning = lambda *what, **_: print(*what, file=err)  # pytest would keep them to itself
         try:
             run(main)
         except SystemExit as ended:
             return Outcome(ended.code or 0, out.getvalue(), err.getvalue())
     raise AssertionError("run_script returned")
+
+
+def show_warnings_as_python_does() -> None:
+    """The filters of a plain start of Python: pytest lets every kind through."""
+    warnings.simplefilter("default")
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
 
 
 @contextlib.contextmanager
