@@ -43,7 +43,7 @@ REMOVED = {
     "--batch_m": "had no effect in the released code; leave it out (--neg_m weights the sums over other clusters)",
 }
 CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps"}  # on --resume, with these:
-CHANGEABLE |= {"deterministic", "device", "data_on", "workers", "log_dir", "data_dir"}
+CHANGEABLE |= {"deterministic", "device", "data_on", "workers", "log_dir", "data_dir", "eval_memory_mb", "compile"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ between machines of one job
 LOSSES = ("loss", "metric", "rim", "reconstruction")
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
@@ -103,6 +103,8 @@ def make_parser() -> Parser:
     g.add_argument("--seed", type=whole(0, LARGEST_SEED), default=1024, help="of everything random")
     g = p.add_argument_group("evaluation")
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch in evaluation and feature passes")
+    g.add_argument("--eval_memory_mb", type=whole(1), default=512,
+                   help="MiB for searches for neighbours beside the features; changes speed alone")  # fmt: skip
     g.add_argument("--interval", type=whole(1), default=1, help="evaluate every so many epochs (and after the last)")
     g = p.add_argument_group("run")
     g.add_argument("--model_name", type=folder_name, help="name of the run's folder (default: CBSwR_<DATASET>)")
@@ -123,6 +125,9 @@ def make_parser() -> Parser:
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
     g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32",
                    help="bf16: the network in bfloat16; losses and distances stay float32")  # fmt: skip
+    g.add_argument("--compile", action="store_true",
+                   help="run the backbone through torch.compile: the first steps take minutes, later ones may be "
+                   "quicker; the last digits differ")  # fmt: skip
     g.add_argument("--deterministic", action="store_true",
                    help="the same bits each time on one machine, at some cost in speed on a GPU (a CPU gives them "
                    "anyway)")  # fmt: skip
@@ -343,7 +348,7 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     from datasets import load_split
     from models import build_model
     from models.batch_norm import share_batch_norm
-    from utils.devices import choose_device, compute_deterministically
+    from utils.devices import bf16_is_slow, choose_device, compile_backbone, compute_deterministically
 
     if args.deterministic:
         compute_deterministically()
@@ -370,6 +375,8 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     model = build_model(args.backbone, args.n_cluster, args.low_dim, "none" if saved else args.weights)
     model = model.to(device, memory_format=torch.channels_last)
     model.base_model = share_batch_norm(model.base_model, processes, device)
+    if args.compile:
+        compile_backbone(model, device)
     step = training_step(args, model, device, processes)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     job = Job(args, config, device, training, validation, data, resident, model, step, optimizer, run, State(), stop,
@@ -383,6 +390,8 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
              args.dataset, len(training), len(validation), len(set(validation.labels.tolist())), training.image_size,
              args.backbone, device, args.precision,
              f", {processes.count} processes" if processes.count > 1 else "", run.path)  # fmt: skip
+    if args.precision == "bf16" and bf16_is_slow(device):
+        log.info("this processor has no bfloat16 instructions: --precision bf16 is slower here than fp32")
     if args.resume:
         log.info("continuing %s", where(job))
     if saved and job.state.epoch >= args.n_epoch:
@@ -587,7 +596,7 @@ def mine_and_cluster(job: Job, pooled: Tensor, mine: bool) -> tuple[Tensor | Non
     from utils import clustering, metrics, search
 
     args, epoch = job.args, job.state.epoch + 1
-    positives = search.nearest_neighbors(pooled, 1)[1][:, 0].cpu() if mine else None
+    positives = search.nearest_neighbors(pooled, memory_mb=args.eval_memory_mb)[1][:, 0].cpu() if mine else None
     if args.pseudo_labels == "rim":
         return positives, None, {}
     engine = args.kmeans_engine
@@ -618,7 +627,9 @@ def evaluate(job: Job) -> dict:
     from utils.evaluation import score
 
     _, embeddings = features(job, job.validation, "test features")
-    return by_first(job, lambda: score(embeddings.to(job.device), job.validation.labels))
+    return by_first(
+        job, lambda: score(embeddings.to(job.device), job.validation.labels, memory_mb=job.args.eval_memory_mb)
+    )
 
 
 def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -53,3 +54,23 @@ def memory_faults(advice: Callable[[], str]) -> Iterator[None]:
         if not on_host and not isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"out of memory on the {'host' if on_host else 'GPU'}; {advice()}") from None
+
+
+def bf16_is_slow(device: torch.device) -> bool:
+    """Whether bfloat16 is only emulated there: a CPU without its instructions (AVX-512 BF16, AMX, or Arm's)."""
+    if device.type != "cpu":
+        return False
+    known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return known is None or not known()
+
+
+def compile_backbone(model: torch.nn.Module, device: torch.device) -> None:
+    """Have torch.compile make the backbone's kernels when it first runs; names and weights stay as they are.
+
+    The heads and the losses, whose sizes change from batch to batch, run as before.
+    Raises UserError where there is no C++ compiler, which the CPU's kernels need.
+    """
+    compiler = os.environ.get("CXX", "g++ clang++").split()
+    if device.type == "cpu" and not any(shutil.which(name) for name in compiler):
+        raise UserError("--compile: needs a C++ compiler for the CPU; install g++, or leave --compile out")
+    model.base_model.compile()
