@@ -21,7 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.arguments import BACKBONE_NAMES, LARGEST_SEED, Parser, folder_name, name_of, path_name, real, whole
+from utils.arguments import (
+    BACKBONE_NAMES,
+    LARGEST_MEMORY,
+    LARGEST_SEED,
+    Parser,
+    folder_name,
+    name_of,
+    path_name,
+    real,
+    whole,
+)
 from utils.errors import DivergedError, UserError, run_script
 from utils.process import keep_freed_memory, share_cores
 from utils.progress import progress
@@ -103,7 +113,7 @@ def make_parser() -> Parser:
     g.add_argument("--seed", type=whole(0, LARGEST_SEED), default=1024, help="of everything random")
     g = p.add_argument_group("evaluation")
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch in evaluation and feature passes")
-    g.add_argument("--eval_memory_mb", type=whole(1), default=512,
+    g.add_argument("--eval_memory_mb", type=whole(1, LARGEST_MEMORY), default=512,
                    help="MiB for searches for neighbours beside the features; changes speed alone")  # fmt: skip
     g.add_argument("--interval", type=whole(1), default=1, help="evaluate every so many epochs (and after the last)")
     g = p.add_argument_group("run")

@@ -309,11 +309,14 @@ CASES = {
     "checkpoint_every_steps a share": Case(
         TRAIN, {"checkpoint_every_steps": 0.5}, ("--checkpoint_every_steps", "whole number", "'0.5'")
     ),
+    "eval_memory_mb negative": Case(TRAIN, {"eval_memory_mb": -512}, ("--eval_memory_mb", "at least 1, got -512")),
+    "eval_memory_mb of petabytes": Case(TRAIN, {"eval_memory_mb": 2**30}, ("--eval_memory_mb", "at most 16777216")),
     "eval_memory_mb zero": Case(TEST, FROZEN | {"eval_memory_mb": 0}, ("--eval_memory_mb", "at least 1")),
     "eval_memory_mb with a unit": Case(TEST, FROZEN | {"eval_memory_mb": "1G"}, ("--eval_memory_mb", "'1G'")),
     "eval_memory_mb beyond floats": Case(
         TEST, FROZEN | {"eval_memory_mb": 10**400}, ("--eval_memory_mb", "at most 16777216")
     ),
+    "compile with a value": Case(TRAIN, {}, ("--compile", "'1'"), more=("--compile=1",)),
     "deterministic with a value": Case(TRAIN, {}, ("--deterministic", "'no'"), more=("--deterministic=no",)),
     "test_batch text": Case(TRAIN, {"test_batch": "all"}, ("--test_batch", "'all'")),
     "workers negative": Case(TRAIN, {"workers": -1}, ("--workers", "at least 0")),
@@ -406,6 +409,7 @@ CASES = {
     "config with a number for a flag": Case(
         TRAIN, CONFIG, ("deterministic is true or false, got 1",), put_json({"deterministic": 1})
     ),
+    "config with compile in words": Case(TRAIN, CONFIG, ("compile is true or false",), put_json({"compile": "yes"})),
     "config with steps below zero": Case(
         TRAIN, CONFIG, ("options.json", "--checkpoint_every_steps", "-5"), put_json({"checkpoint_every_steps": -5})
     ),
@@ -931,6 +935,13 @@ def test_a_missing_faiss_is_said_before_anything_is_written(folder, monkeypatch)
     assert snapshot(folder) == before
 
 
+def test_a_missing_compiler_is_said_before_anything_is_written(folder, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    before = snapshot(folder)
+    failed(run_in_process(TRAIN, *argv_of(Case(TRAIN, {}, ()), folder), "--compile"), "--compile: needs a C++ compiler")
+    assert snapshot(folder) == before
+
+
 @pytest.mark.parametrize("script", [CUB, CAR])
 @pytest.mark.parametrize("there", ["", "new", "new/deep"])
 def test_a_refused_run_leaves_no_folder(script, there, folder):
@@ -973,8 +984,8 @@ WORDS = ("auto", "none", "cpu", "cuda", "self", "nn", "rim", "kmeans", "torch", 
 RANDOM = {
     TRAIN: {
         **dict.fromkeys(("workers", "low_dim", "n_cluster", "batch_size", "seed", "test_batch", "interval", "neg_m",
-                         "image_size", "t", "alpha", "mu", "ml", "rim", "recon", "lr", "checkpoint_every_steps"),
-                        NUMBERS),
+                         "image_size", "t", "alpha", "mu", "ml", "rim", "recon", "lr", "checkpoint_every_steps",
+                         "eval_memory_mb"), NUMBERS),
         **dict.fromkeys(("dataset", "model_name"), NAMES),
         **dict.fromkeys(("data_dir", "checkpoint_dir", "log_dir", "config", "resume", "weights"), PATHS),
         **dict.fromkeys(("backbone", "positives", "pseudo_labels", "kmeans_engine", "recon_target", "device",

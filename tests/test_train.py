@@ -168,7 +168,7 @@ SHOWN_ELSEWHERE = {
     "n_epoch", "interval", "test_batch", "log_dir", "checkpoint_dir", "model_name", "config", "resume", "overwrite",
     "checkpoint_every_steps", "deterministic", "workers", "dataset",
     "data_dir", "image_size", "backbone", "weights", "device", "data_on", "kmeans_engine",
-    "help",
+    "eval_memory_mb", "compile", "help",
 }  # fmt: skip
 
 
@@ -221,6 +221,32 @@ def test_test_batch_is_the_batch_of_evaluation(data, tmp_path, baseline, monkeyp
     done = trained(data, tmp_path, test_batch=7)
     assert sizes == [7, 7, 7, 3]
     assert same_weights(done, baseline)
+
+
+def test_eval_memory_mb_bounds_every_search(data, tmp_path, monkeypatch):
+    from utils import metrics, search
+
+    seen = []
+
+    def watch(module, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: seen.append(k["memory_mb"]) or function(*a, **k))
+
+    watch(search, "nearest_neighbors")
+    watch(metrics, "recall_at_k")
+    few, many = (trained(data, tmp_path / f"{n}", positives="nn", eval_memory_mb=n) for n in (1, 300))
+    assert seen == [1, 1, 300, 300]
+    assert same_weights(few, many) and few.rows == many.rows
+
+
+def test_compile(data, tmp_path, baseline, monkeypatch):
+    """Traced into graphs that torch then runs as they are: its C++ would take minutes."""
+    monkeypatch.setenv("CXX", sys.executable)  # any program will do
+    compiled, compile_ = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compiled.append(m) or compile_(m, backend="eager"))
+    done = trained(data, tmp_path, "--compile")
+    assert [type(module) for module in compiled] == [type(build_model("resnet_small").base_model)]
+    assert same_weights(done, baseline) and done.rows == baseline.rows
 
 
 def test_folders(data, tmp_path):
