@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -49,20 +50,16 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 
 def _describe(state: dict[str, Tensor], named: object, path: str | os.PathLike) -> tuple[int, int, str]:
     """K, embedding size and backbone of a state_dict: the backbone `named` by the file if it fits, else by shapes."""
-    import torchvision  # noqa: F401  # here: imported for the first time under the meta device, torch 2.6 fails
-
     cluster_head, embedding_head = state.get("clustering.2.weight"), state.get("feat_ext.0.weight")
     if cluster_head is None or embedding_head is None or cluster_head.dim() != 2 or embedding_head.dim() != 2:
         raise UserError(f"{path}: not a CBSwR checkpoint: no weights feat_ext.0 and clustering.2 in it")
     n_cluster, low_dim = cluster_head.shape[0], embedding_head.shape[0]
     if n_cluster < 1 or low_dim < 1:
         raise UserError(f"{path}: not a CBSwR checkpoint: K is {n_cluster} and the embedding has {low_dim} dimensions")
-    found = {name: (tuple(value.shape), value.is_floating_point()) for name, value in state.items()}
+    found = _kinds(state)
     nearest, nearest_faults = "", None
     for backbone in sorted(BACKBONES, key=lambda name: name != named):
-        with torch.device("meta"):
-            own = CBSwR(backbone, n_cluster, low_dim).state_dict()
-        expected = {name: (tuple(value.shape), value.is_floating_point()) for name, value in own.items()}
+        expected = _layout(backbone, n_cluster, low_dim)
         if expected == found:
             return n_cluster, low_dim, backbone
         faults = [n for n in dict.fromkeys((*expected, *found)) if expected.get(n) != found.get(n)]
@@ -72,3 +69,17 @@ def _describe(state: dict[str, Tensor], named: object, path: str | os.PathLike) 
         f"{path}: fits no known backbone; the nearest is {nearest}, with {len(nearest_faults)} names missing, "
         f"unknown or of another shape or kind, the first is {nearest_faults[0]}; get the file again, or retrain"
     )
+
+
+@lru_cache(maxsize=len(BACKBONES))  # all of them take a second
+def _layout(backbone: str, n_cluster: int, low_dim: int) -> dict[str, tuple]:
+    """What the state_dict of such a network holds, see `_kinds`; nothing is allocated."""
+    import torchvision  # noqa: F401  # imported for the first time under the meta device, torch 2.6 fails
+
+    with torch.device("meta"):
+        return _kinds(CBSwR(backbone, n_cluster, low_dim).state_dict())
+
+
+def _kinds(state: dict[str, Tensor]) -> dict[str, tuple]:
+    """Shape of each tensor, and whether it is of floating point."""
+    return {name: (tuple(value.shape), value.is_floating_point()) for name, value in state.items()}
