@@ -17,6 +17,8 @@ from pathlib import Path
 
 from scripts import ROOT, Outcome
 
+LONGEST = 300  # seconds: a process that waits for ever fails its test
+
 
 class Forks:
     """The process that forks; `start` and `finish` one run at a time."""
@@ -67,6 +69,7 @@ def _child(order: dict) -> None:
         os.dup2(os.open(Path(order["folder"]) / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND), number)
     if order["processes"] > 1:
         _fork_processes(order["processes"])
+    signal.alarm(LONGEST)
     sys.argv = [order["script"], *order["argv"]]
     if order["script"] != "train.py":
         runpy.run_path(str(ROOT / order["script"]), run_name="__main__")

@@ -173,7 +173,8 @@ def test_a_stop_while_the_first_process_scores(data, tmp_path, forks, two):
     ({"lr": 1e30}, "", 3, "the last good state stays in"),
     ({}, on(1, "raise MemoryError", call=2), 2, "out of memory on the host; lower --batch_size"),
     ({}, on(1, "os.kill(os.getpid(), signal.SIGKILL)", call=2), 137, "one of the 2 processes ended without a message"),
-])  # fmt: skip
+], ids=["no data", "batch not shared", "wrong value", "another option", "another file", "first alone", "diverged",
+        "no memory", "killed"])  # fmt: skip
 def test_a_fault_is_one_line(data, tmp_path, forks, changed, before, code, words):
     started = time.monotonic()
     result = forks.run(*options(data, tmp_path, **(SETTINGS | changed)), before=before, processes=2)

@@ -65,6 +65,15 @@ def test_files_and_metrics(data, tmp_path):
     assert info["epoch"] == best["epoch"] and best["best"]
 
 
+def test_the_losses_of_an_epoch_are_the_means_of_its_steps(data, tmp_path, monkeypatch):
+    steps, step = [], script.train_step
+    monkeypatch.setattr(script, "train_step", lambda *a: steps.append(step(*a)) or steps[-1])
+    row = trained(data, tmp_path).rows[0]
+    means = torch.stack(steps).mean(0).tolist()
+    assert len(steps) == 3
+    assert [row[name] for name in ("loss", "metric_loss", "rim_loss", "reconstruction_loss")] == pytest.approx(means)
+
+
 def test_the_best_epoch_is_the_first_with_the_best_recall(data, tmp_path, monkeypatch, capsys):
     recalls = iter([0.5, 0.7, 0.7, 0.6])
 
