@@ -51,7 +51,7 @@ def speed_rows() -> list[list[str]]:
                     add(result, f"training step, {backbone}, {ours[6:]}", ways, ["literal, fp32"], ours)
     for name in ("recall", "kmeans"):
         result = load(name) or {}
-        for key, value in result.items():
+        for value in result.values():
             if isinstance(value, dict) and "ways" in value:
                 shape = "×".join(map(str, value["shape"]))
                 what = f"Recall@K, {shape}" if name == "recall" else f"k-means, {shape}, K = {value['k']}"

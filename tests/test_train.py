@@ -330,6 +330,13 @@ def test_data_on(data, tmp_path, baseline):
     failed(execute(*options(data, tmp_path / "other", data_on="device")), "--data_on device: there is no GPU")
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_bf16_says_where_it_is_slow(data, tmp_path, monkeypatch, slow):
+    monkeypatch.setattr("utils.devices.bf16_is_slow", lambda device: slow)
+    trained(data, tmp_path, precision="bf16", n_epoch=0)
+    assert ("slower here than fp32" in (tmp_path / "run" / "run.log").read_text()) == slow
+
+
 # ---------------------------------------------------------------- options in a file
 
 
