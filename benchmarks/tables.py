@@ -48,7 +48,8 @@ def speed_rows() -> list[list[str]]:
             for ours in ("ours, bf16", "ours, fp32") if backbone in result else ():
                 ways = result[backbone]["ways"]
                 if ours in ways:
-                    add(result, f"training step, {backbone}, {ours[6:]}", ways, ["literal, fp32"], ours)
+                    what = f"training step, {backbone}, {result[backbone]['rows']} views, {ours[6:]}"
+                    add(result, what, ways, ["literal, fp32"], ours)
     for name in ("recall", "kmeans"):
         result = load(name) or {}
         for value in result.values():
