@@ -227,9 +227,9 @@ def no_memory(*_, **__):
 
 
 def test_no_memory_in_a_step(data, tmp_path, monkeypatch, execute, undisturbed):
-    calls, function = [], losses.cbswr_losses
+    calls, function = [], losses.cbswr.cbswr_losses
     with monkeypatch.context() as patch:
-        patch.setattr(losses, "cbswr_losses", lambda *a, **k: (
+        patch.setattr(losses.cbswr, "cbswr_losses", lambda *a, **k: (
             calls.append(1), len(calls) == 5 and no_memory(), function(*a, **k))[-1])  # fmt: skip
         result = execute(*options(data, tmp_path, checkpoint_every_steps=1, **SETTINGS))
     failed(result, "out of memory on the GPU; lower --batch_size (8)", "--test_batch (100)", "--precision bf16",
@@ -260,9 +260,9 @@ def test_other_faults_of_torch_stay_what_they_are(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(data, tmp_path, monkeypatch, execute, undisturbed, value):
-    calls, function = [], losses.total_loss
+    calls, function = [], losses.cbswr.total_loss
     with monkeypatch.context() as patch:
-        patch.setattr(losses, "total_loss", lambda *a: (
+        patch.setattr(losses.cbswr, "total_loss", lambda *a: (
             calls.append(1), function(*a) * (value if len(calls) == 5 else 1))[-1])  # fmt: skip
         result = execute(*options(data, tmp_path, checkpoint_every_steps=1, **SETTINGS))
     run = tmp_path / "run"
