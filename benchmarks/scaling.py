@@ -91,8 +91,9 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", default=["googlenet", "resnet18"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="numbers of processes (default 1 2)")
+    parser.add_argument("--batch", type=int, default=64, help="m, images a batch of all processes (default 64)")
     options = parser.parse_args()
-    m, size = (6, 64) if options.tiny else (64, 256)
+    m, size = (6, 64) if options.tiny else (options.batch, 256)
     cases = {"resnet_small, fp32": ("resnet_small", "fp32")} if options.tiny else {
         f"{backbone}, {precision}": (backbone, precision)
         for backbone in options.backbones for precision in options.precisions
