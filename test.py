@@ -126,7 +126,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
         "dimension": features.shape[1],
         "precision": args.precision,
         "device": device.type,
-        **score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb),
+        **score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb, full=True),
     }
     write_outputs(args, features, result)
     print_result(result)
@@ -220,9 +220,9 @@ def print_result(result: dict) -> None:
     print(f"{source}{trained}: {result['backbone']}, {result['features']} of {result['dimension']} dimensions")
     print(f"{result['dataset']}: {result['images']} test images of {result['classes']} unseen classes, "
           f"{result['image_size']} px stored")  # fmt: skip
-    print(
-        "  ".join(f"R@{k} {100 * result[f'recall@{k}']:.2f}" for k in (1, 2, 4, 8)), f" NMI {100 * result['nmi']:.2f}"
-    )
+    names = {**{f"R@{k}": f"recall@{k}" for k in (1, 2, 4, 8)}, "NMI": "nmi"}
+    for line in (names, {"MAP@R": "map@r", "R-precision": "r_precision", "AMI": "ami"}):
+        print("  ".join(f"{title} {100 * result[name]:.2f}" for title, name in line.items()))
     print(f"NMI by {result['nmi_protocol']}")
 
 
