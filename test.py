@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
 from utils.errors import UserError, run_script
-from utils.process import is_first, share_cores
+from utils.process import share_cores
 from utils.progress import progress
 
 if TYPE_CHECKING:  # --help does not wait for these
@@ -82,6 +82,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     import torch
 
     from datasets import center_crops, load_split
+    from models import load_network
     from utils.devices import choose_device
     from utils.evaluation import score
     from utils.features import extract_features
@@ -89,8 +90,11 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     device = choose_device(args.device, processes)
     split = load_split(args.data_dir, args.dataset, "validation", args.image_size)
     processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
+    if not split.labelled and not args.save_embeddings:
+        raise UserError(f"{split.label_path}: the images have no labels, so nothing can be scored; give "
+                        "--save_embeddings FILE.npy, or use embed.py and search.py")  # fmt: skip
     torch.manual_seed(args.seed)
-    model, what = load_network(args, device)
+    model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights)
     batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
     batches = progress(batches, len(split) / (args.test_batch * processes.count), "test features")
     pooled, embeddings = extract_features(model, batches, args.precision, processes)
@@ -101,49 +105,16 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
         **what,
         "dataset": args.dataset,
         "images": len(split),
-        "classes": len(set(split.labels.tolist())),
+        "classes": len(set(split.labels.tolist())) if split.labelled else None,
         "image_size": split.image_size,
         "dimension": features.shape[1],
         "precision": args.precision,
         "device": device.type,
-        **score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb),
     }
+    if split.labelled:
+        result |= score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb)
     write_outputs(args, features, result)
     print_result(result)
-
-
-def load_network(args, device):
-    """The network to score and what to say of it."""
-    import torch
-
-    from models import build_model, load_checkpoint
-
-    if args.backbone:
-        model = build_model(args.backbone, weights=args.weights)
-        return model.to(device, memory_format=torch.channels_last), {
-            "features": "pooled", "backbone": args.backbone, "weights": args.weights, "checkpoint": None, "epoch": None,
-        }  # fmt: skip
-    model, info = load_checkpoint(find_checkpoint(args.checkpoint_path), device)
-    return model.to(memory_format=torch.channels_last), {
-        "features": "embedding", "backbone": info["backbone"], "weights": None, "checkpoint": info["path"],
-        "epoch": info["epoch"], "n_cluster": info["n_cluster"], "low_dim": info["low_dim"],
-    }  # fmt: skip
-
-
-def find_checkpoint(given: str) -> Path:
-    """The file to load: `given` itself, or the best.pth of the run's folder of that name (said on a line)."""
-    path = Path(given)
-    run = path if path.is_dir() else path.with_suffix("")
-    if path.is_file() or not run.is_dir():
-        return path
-    best = run / "best.pth"
-    if not best.is_file():
-        raise UserError(f"{best}: no such file; {run} holds no finished epoch yet")
-    if is_first():
-        print(
-            f"{given}: taking {best}, the epoch that was best on the test half (chosen on test; last.pth is the last)"
-        )
-    return best
 
 
 def write_outputs(args, features, result: dict) -> None:
@@ -165,8 +136,11 @@ def print_result(result: dict) -> None:
     source = result["checkpoint"] or f"frozen {result['backbone']}, weights {result['weights']}"
     trained = f" after epoch {result['epoch']}" if result["epoch"] is not None else ""
     print(f"{source}{trained}: {result['backbone']}, {result['features']} of {result['dimension']} dimensions")
-    print(f"{result['dataset']}: {result['images']} test images of {result['classes']} unseen classes, "
-          f"{result['image_size']} px stored")  # fmt: skip
+    classes = "without labels" if result["classes"] is None else f"of {result['classes']} unseen classes"
+    print(f"{result['dataset']}: {result['images']} test images {classes}, {result['image_size']} px stored")
+    if result["classes"] is None:
+        print("no scores: they need labels")
+        return
     print(
         "  ".join(f"R@{k} {100 * result[f'recall@{k}']:.2f}" for k in (1, 2, 4, 8)), f" NMI {100 * result['nmi']:.2f}"
     )

@@ -2,6 +2,6 @@
 
 from models.backbones import BACKBONES
 from models.cbswr import CBSwR, build_model
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, load_network
 
-__all__ = ["BACKBONES", "CBSwR", "build_model", "load_checkpoint"]
+__all__ = ["BACKBONES", "CBSwR", "build_model", "load_checkpoint", "load_network"]

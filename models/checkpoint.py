@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from models.backbones import BACKBONES
-from models.cbswr import CBSwR
+from models.cbswr import CBSwR, build_model
 from models.weights import read_torch_file
 from utils.errors import UserError
+from utils.runs import find_checkpoint
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[CBSwR, dict]:
@@ -44,6 +45,26 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         "config": config,
     }
     return model.to(device).eval(), info
+
+
+def load_network(
+    device: str | torch.device, checkpoint: str | None, backbone: str | None = None, weights: str | None = None
+) -> tuple[CBSwR, dict]:
+    """The network to embed images with, channels last on `device`, and what to say of it.
+
+    checkpoint: a file, or a run's folder (see `find_checkpoint`), for its embedding; or else a frozen backbone and its
+    weights (see `build_model`), for its pooled features. Raises UserError where they cannot be had.
+    """
+    if checkpoint is None:
+        model = build_model(backbone, weights=weights)
+        return model.to(device, memory_format=torch.channels_last), {
+            "features": "pooled", "backbone": backbone, "weights": weights, "checkpoint": None, "epoch": None,
+        }  # fmt: skip
+    model, info = load_checkpoint(find_checkpoint(checkpoint), device)
+    return model.to(memory_format=torch.channels_last), {
+        "features": "embedding", "backbone": info["backbone"], "weights": None, "checkpoint": info["path"],
+        "epoch": info["epoch"], "n_cluster": info["n_cluster"], "low_dim": info["low_dim"],
+    }  # fmt: skip
 
 
 def _describe(state: dict[str, Tensor], named: object, path: str | os.PathLike) -> tuple[int, int, str]:
