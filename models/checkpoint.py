@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 
     Backbone, K and embedding size are read from the file: {"model": state_dict, "epoch": int, ...} with the published
     names; a bare state_dict is taken too. info: `path`, `epoch` (None if unknown), `backbone`, `n_cluster`, `low_dim`,
-    and `config` (the options of the run; {} for the authors' files).
+    `config` (the options of the run; {} for the authors' files) and `image_size` (the side of the stored images that it
+    was trained on, in pixels; None if unknown).
     Raises UserError naming the file when it is no such checkpoint.
     """
     content = read_torch_file(path, "cpu")
@@ -43,6 +45,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         "n_cluster": n_cluster,
         "low_dim": low_dim,
         "config": config,
+        "image_size": _stored_size(content),
     }
     return model.to(device).eval(), info
 
@@ -64,7 +67,17 @@ def load_network(
     return model.to(memory_format=torch.channels_last), {
         "features": "embedding", "backbone": info["backbone"], "weights": None, "checkpoint": info["path"],
         "epoch": info["epoch"], "n_cluster": info["n_cluster"], "low_dim": info["low_dim"],
+        "image_size": info["image_size"],
     }  # fmt: skip
+
+
+def _stored_size(content: dict) -> int | None:
+    """The side of the training images, from the fingerprint that train.py keeps: "uint8 (N, S, S, 3) sha256 ..."."""
+    try:
+        found = re.match(r"uint8 \(\d+, (\d+), \1, 3\) ", content["data"]["training"]["images"])
+    except (KeyError, TypeError):
+        return None
+    return int(found.group(1)) if found else None
 
 
 def _describe(state: dict[str, Tensor], named: object, path: str | os.PathLike) -> tuple[int, int, str]:
