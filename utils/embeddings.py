@@ -52,8 +52,8 @@ class EmbeddingWriter:
         self.parts = {kind: path.with_name(path.name + ".part") for kind, path in self.names.items()}
         self.facts = facts | {"dimension": dimension, "dtype": "float16" if half else "float32"}
         self.dtype, self.dimension = np.dtype(self.facts["dtype"]), dimension
-        self.done = self._finished(overwrite)
         self.images = self.rows = 0  # images looked at; rows written, fewer where some are unreadable
+        self.done = self._finished(overwrite)
         if self.done:
             return
         saved = self._unfinished(overwrite)
@@ -62,6 +62,7 @@ class EmbeddingWriter:
         self._table = open(self.parts["csv"], "ab+")  # noqa: SIM115
         self.unreadable: list[list[str]] = saved.get("unreadable", [])
         self.images, self.rows, end = saved.get("progress", (0, 0, 0))
+        end = end if self.images else 0
         self._out.truncate(0 if self.images == 0 else self._start() + self.rows * self.dimension * self.dtype.itemsize)
         self._table.truncate(end)
         for file in (self._out, self._table):
