@@ -44,6 +44,8 @@ def make_parser() -> Parser:
     g = p.add_argument_group("output")
     g.add_argument("--out", metavar="FILE.npy", help="the embeddings, rows of unit length; FILE.csv and FILE.json come "
                    "with it; interrupted, the same command goes on")  # fmt: skip
+    g.add_argument("--onnx", metavar="FILE", help="instead: write the network itself, for centre crops of images of "
+                   "--image_size; needs no images")  # fmt: skip
     g.add_argument("--half", action="store_true", help="float16 instead of float32")
     g.add_argument("--overwrite", action="store_true", help="begin anew where a file of that name lies")
     g = p.add_argument_group("machine")
@@ -58,7 +60,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options, checked against each other."""
     parser = make_parser()
     args = parser.parse(argv)
-    if (args.images is None) == (args.dataset is None):
+    if args.onnx and (args.images or args.dataset or args.out):
+        parser.error("--onnx writes the network alone; leave out --images, --dataset and --out")
+    if not args.onnx and (args.images is None) == (args.dataset is None):
         parser.error("give either --images, or --dataset")
     if (args.checkpoint_path is None) == (args.backbone is None):
         parser.error("give either --checkpoint_path, or --backbone (with --weights) for a frozen backbone")
@@ -66,12 +70,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--weights goes with --backbone; a checkpoint brings its own weights")
     if args.dataset and args.skip_bad:
         parser.error("--skip_bad goes with --images; a data set has no unreadable images")
-    if args.out is None:
+    target = args.onnx or args.out
+    if target is None:
         parser.error("give --out FILE.npy")
-    if not args.out.endswith(".npy"):
-        parser.error(f"--out {args.out}: the name must end in .npy")
-    if not Path(args.out).absolute().parent.is_dir():
-        parser.error(f"{args.out}: its folder does not exist; make it first")
+    if not args.onnx and not target.endswith(".npy"):
+        parser.error(f"--out {target}: the name must end in .npy")
+    if Path(target).is_dir():
+        parser.error(f"{target}: is a folder; give the name of a file")
+    if not Path(target).absolute().parent.is_dir():
+        parser.error(f"{target}: its folder does not exist; make it first")
     here = place()
     if here is not None and here.count > 1:
         parser.error("runs as one process; start it without torchrun")
@@ -86,11 +93,32 @@ def main(argv: list[str] | None = None) -> int:
 
     with StopRequest() as stop:
         try:
-            embed(args, stop)
+            if args.onnx:
+                with stop.at_once():
+                    export(args)
+            else:
+                embed(args, stop)
         except Stopped as stopped:
             print(f"{stopped}; what is embedded is kept, the same command goes on from there")
             return stopped.status
     return 0
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the network as ONNX and say what the file takes and gives."""
+    import torch
+
+    from datasets import crop_size
+    from models import load_network
+    from models.export import export_onnx
+
+    torch.manual_seed(args.seed)
+    model, what = load_network("cpu", args.checkpoint_path, args.backbone, args.weights)
+    size = args.image_size or what.get("image_size") or DEFAULT_SIZE
+    crop = crop_size(size)
+    export_onnx(model, args.onnx, crop, what["features"])
+    print(f"{args.onnx}: {what['features']} of {what['backbone']}; images uint8 RGB (batch, {crop}, {crop}, 3), the "
+          f"centre of images squashed to {size} px; features float32, of unit length")  # fmt: skip
 
 
 def embed(args: argparse.Namespace, stop: StopRequest) -> None:

@@ -9,14 +9,26 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
+from utils.arguments import (
+    BACKBONE_NAMES,
+    LARGEST_MEMORY,
+    LARGEST_SEED,
+    Parser,
+    folder_name,
+    name_of,
+    path_name,
+    whole,
+)
 from utils.errors import UserError, run_script
+from utils.files import check_writable
 from utils.process import share_cores
 from utils.progress import progress
+from utils.runs import run_folder
 
 if TYPE_CHECKING:  # --help does not wait for these
     from utils.distributed import Processes
@@ -28,26 +40,33 @@ def make_parser() -> Parser:
     p.add_argument(
         "--dataset", type=folder_name, default="cub200", help="cub200, car196, glyphs, or any name with arrays"
     )
-    p.add_argument("--checkpoint_path", metavar="FILE",
+    p.add_argument("--checkpoint_path", type=path_name, metavar="FILE",
                    help="a checkpoint of this project or of the authors, or a run's folder (its best.pth); backbone, K "
                    "and embedding size are read from it")  # fmt: skip
     g = p.add_argument_group("a frozen backbone instead of a checkpoint (pooled features)")
     g.add_argument("--backbone", type=name_of(BACKBONE_NAMES), help=f"one of {', '.join(BACKBONE_NAMES)}")
-    g.add_argument("--weights", default="auto", help="auto (usual ImageNet weights), none (random), or a file")
+    g.add_argument(
+        "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
+    )
     g = p.add_argument_group("data and output")
-    g.add_argument("--data_dir", default="data", help="the folder that holds <dataset>/")
+    g.add_argument("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
     g.add_argument("--image_size", type=whole(8), help="which pre-processed size to take, if there are several")
-    g.add_argument("--json", metavar="FILE", help="write the scores as JSON")
-    g.add_argument("--save_embeddings", metavar="FILE.npy", help="write the embeddings, float32 (N, D), in label order")
+    g.add_argument("--json", type=path_name, metavar="FILE", help="write the scores as JSON")
+    g.add_argument("--save_embeddings", type=path_name, metavar="FILE.npy",
+                   help="write the embeddings, float32 (N, D), in the order of the labels")  # fmt: skip
     g.add_argument("--nmi_engine", type=name_of(("auto", "torch", "sklearn", "faiss")), default="auto",
                    help="of the k-means behind NMI; sklearn: 10 independent restarts as the released code ran them, "
                    "many times slower")  # fmt: skip
-    g.add_argument("--seed", type=whole(0), default=0, help="of the k-means behind NMI, and of a random backbone")
+    g.add_argument(
+        "--seed", type=whole(0, LARGEST_SEED), default=0, help="of the k-means behind NMI, and of a random backbone"
+    )
     g = p.add_argument_group("machine")
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch")
-    g.add_argument("--eval_memory_mb", type=whole(1), default=512,
+    g.add_argument("--eval_memory_mb", type=whole(1, LARGEST_MEMORY), default=512,
                    help="MiB for the search for neighbours beside the embeddings; changes speed alone")  # fmt: skip
-    g.add_argument("--workers", type=whole(0), default=2, help="threads that cut crops ahead; changes speed alone")
+    g.add_argument(
+        "--workers", type=whole(0, 1024), default=2, help="threads that cut crops ahead; changes speed alone"
+    )
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
     g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32", help="of the network")
     return p
@@ -61,11 +80,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give either --checkpoint_path, or --backbone (with --weights) for a frozen backbone")
     if args.checkpoint_path and "weights" in args.given:
         parser.error("--weights goes with --backbone; a checkpoint brings its own weights")
-    for target in filter(None, (args.json, args.save_embeddings)):
-        if Path(target).is_dir():
-            parser.error(f"{target}: is a folder; give the name of a file")
-        if not Path(target).absolute().parent.is_dir():
-            parser.error(f"{target}: its folder does not exist; make it first")
+    try:
+        check_targets(args)
+    except UserError as error:
+        parser.error(str(error))  # once on a machine of many processes
     if args.save_embeddings and not args.save_embeddings.endswith(".npy"):
         parser.error(f"--save_embeddings {args.save_embeddings}: the name must end in .npy")
     share_cores()
@@ -81,20 +99,19 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     """Load, embed, score, print; of many processes each embeds some of the images, the first does the rest."""
     import torch
 
-    from datasets import center_crops, load_split
-    from models import load_network
+    from datasets import center_crops, crop_size, load_split
+    from models import check_crop_size, load_network
     from utils.devices import choose_device
     from utils.evaluation import score
     from utils.features import extract_features
 
     device = choose_device(args.device, processes)
     split = load_split(args.data_dir, args.dataset, "validation", args.image_size)
+    check_split(args, split)
     processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
-    if not split.labelled and not args.save_embeddings:
-        raise UserError(f"{split.label_path}: the images have no labels, so nothing can be scored; give "
-                        "--save_embeddings FILE.npy, or use embed.py and search.py")  # fmt: skip
     torch.manual_seed(args.seed)
     model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights)
+    check_crop_size(model.backbone_name, crop_size(split.image_size))
     batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
     batches = progress(batches, len(split) / (args.test_batch * processes.count), "test features")
     pooled, embeddings = extract_features(model, batches, args.precision, processes)
@@ -115,6 +132,37 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
         result |= score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb)
     write_outputs(args, features, result)
     print_result(result)
+
+
+def check_targets(args) -> None:
+    """The files to write, before the work: each can be written and is none of those that are read, nor the other."""
+    given = Path(args.checkpoint_path or args.weights)
+    read = [os.path.realpath(path) for path in (given, run_folder(given) / "best.pth")]
+    for target in filter(None, (args.json, args.save_embeddings)):
+        path = Path(os.path.realpath(target))
+        if path.is_dir():
+            raise UserError(f"{target}: is a folder; give the name of a file")
+        if not path.parent.is_dir():
+            raise UserError(f"{target}: its folder does not exist; make it first")
+        check_writable(path.parent, "choose another place for the file")
+        if str(path) in read:
+            raise UserError(f"{target}: is read and would be overwritten; choose another name for what is written")
+        read.append(str(path))
+
+
+def check_split(args, split) -> None:
+    """A test half that can be scored, by an engine that is here, and no target that is one of its files."""
+    from utils.clustering import has_faiss
+
+    if not split.labelled and not args.save_embeddings:
+        raise UserError(f"{split.label_path}: the images have no labels, so nothing can be scored; give "
+                        "--save_embeddings FILE.npy, or use embed.py and search.py")  # fmt: skip
+    if split.labelled and len(set(split.labels.tolist())) < 2:
+        raise UserError(f"{split.path}: holds images of one class only; scores need at least two test classes")
+    if args.nmi_engine == "faiss" and not has_faiss():
+        raise UserError("--nmi_engine faiss: faiss cannot be imported here; install it, or use --nmi_engine torch")
+    if args.save_embeddings and Path(os.path.realpath(args.save_embeddings)).parent == split.path.parent.resolve():
+        raise UserError(f"{args.save_embeddings}: lies among the data set's own arrays; write to another folder")
 
 
 def write_outputs(args, features, result: dict) -> None:

@@ -21,7 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, real, whole
+from utils.arguments import (
+    BACKBONE_NAMES,
+    LARGEST_MEMORY,
+    LARGEST_SEED,
+    Parser,
+    folder_name,
+    name_of,
+    path_name,
+    real,
+    whole,
+)
 from utils.errors import DivergedError, UserError, run_script
 from utils.process import keep_freed_memory, share_cores
 from utils.progress import progress
@@ -57,15 +67,19 @@ def make_parser() -> Parser:
     g.add_argument(
         "--dataset", type=folder_name, default="cub200", help="cub200, car196, glyphs, or any name with arrays"
     )
-    g.add_argument("--data_dir", default="data", help="the folder that holds <dataset>/")
+    g.add_argument("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
     g.add_argument("--image_size", type=whole(8), help="which pre-processed size to take, if there are several")
-    g.add_argument("--workers", type=whole(0), default=2, help="threads that cut crops ahead; changes speed alone")
+    g.add_argument(
+        "--workers", type=whole(0, 1024), default=2, help="threads that cut crops ahead; changes speed alone"
+    )
     g = p.add_argument_group("network")
     g.add_argument(
         "--backbone", type=name_of(BACKBONE_NAMES), default="googlenet", help=f"one of {', '.join(BACKBONE_NAMES)}"
     )
-    g.add_argument("--weights", default="auto", help="auto (usual ImageNet weights), none (random), or a file")
-    g.add_argument("--low_dim", type=whole(1), default=128, help="size of the embedding")
+    g.add_argument(
+        "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
+    )
+    g.add_argument("--low_dim", type=whole(2, 65536), default=128, help="size of the embedding")
     g.add_argument("--n_cluster", type=whole(2), default=32, help="K, the number of clusters")
     g = p.add_argument_group("method")
     g.add_argument("--positives", type=name_of(("auto", "self", "nn")), default="auto",
@@ -77,13 +91,13 @@ def make_parser() -> Parser:
     g.add_argument("--kmeans_engine", type=name_of(("auto", "faiss", "torch")), default="auto",
                    help="of --pseudo_labels kmeans; auto: faiss where it is installed, else and with "
                    "--deterministic the project's own")  # fmt: skip
-    g.add_argument("--t", type=real(0, above=True), default=0.1, help="temperature of the centre-based softmax")
+    g.add_argument("--t", type=real(1e-6), default=0.1, help="temperature of the centre-based softmax")
     g.add_argument(
         "--alpha", type=real(0), default=1.0, help="weight of the push from other centres in the metric loss"
     )
     g.add_argument("--mu", type=real(0), default=1.0, help="weight of the balance term in the clustering loss")
     g.add_argument(
-        "--neg_m", type=whole(1), default=1, help="factor on every sum over other clusters in the metric loss"
+        "--neg_m", type=whole(1, 10**6), default=1, help="factor on every sum over other clusters in the metric loss"
     )
     g.add_argument("--ml", type=real(0), default=0.9, help="weight of the metric loss")
     g.add_argument("--rim", type=real(0), default=0.3, help="weight of the clustering loss")
@@ -96,21 +110,26 @@ def make_parser() -> Parser:
                    help="m, images a batch (of all processes of torchrun together); the network sees 2m "
                    "views")  # fmt: skip
     g.add_argument("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores and saves the untrained network")
-    g.add_argument("--seed", type=whole(0), default=1024, help="of everything random")
+    g.add_argument("--seed", type=whole(0, LARGEST_SEED), default=1024, help="of everything random")
     g = p.add_argument_group("evaluation")
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch in evaluation and feature passes")
-    g.add_argument("--eval_memory_mb", type=whole(1), default=512,
+    g.add_argument("--eval_memory_mb", type=whole(1, LARGEST_MEMORY), default=512,
                    help="MiB for searches for neighbours beside the features; changes speed alone")  # fmt: skip
     g.add_argument("--interval", type=whole(1), default=1, help="evaluate every so many epochs (and after the last)")
     g = p.add_argument_group("run")
     g.add_argument("--model_name", type=folder_name, help="name of the run's folder (default: CBSwR_<DATASET>)")
-    g.add_argument("--checkpoint_dir", default="new_checkpoint", help="the folder that holds the runs' folders")
-    g.add_argument("--log_dir", help="where <model_name>.log goes, all that is printed (default: the run's folder)")
-    g.add_argument("--config", metavar="FILE", help="JSON file of options; the command line stands above it")
+    g.add_argument(
+        "--checkpoint_dir", type=path_name, default="new_checkpoint", help="the folder that holds the runs' folders"
+    )
+    g.add_argument(
+        "--log_dir", type=path_name, help="where <model_name>.log goes, all that is printed (default: the run's folder)"
+    )
+    g.add_argument("--config", type=path_name, metavar="FILE", help="JSON options; the command line stands above them")
     g.add_argument("--checkpoint_every_steps", type=whole(0), default=0, metavar="N",
                    help="save every N steps of an epoch, too; 0: after every epoch")  # fmt: skip
-    g.add_argument("--resume", metavar="RUN", help="continue a run to the same numbers: its folder or a checkpoint in "
-                   "it; --lr may change, --n_epoch, --interval and what is about saving and the machine")  # fmt: skip
+    g.add_argument("--resume", type=path_name, metavar="RUN",
+                   help="continue a run to the same numbers: its folder or a checkpoint in it; --lr may change, "
+                   "--n_epoch, --interval and what is about saving and the machine")  # fmt: skip
     g.add_argument("--overwrite", action="store_true", help="start afresh where a finished or stopped run lies")
     g = p.add_argument_group("machine")
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
@@ -155,6 +174,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args = parser.parse(argv, parser.read_json(args.config), args.config)
         if args.resume:
             parser.error(f"{args.config}: resume belongs on the command line")
+    if args.kmeans_engine != "auto" and args.pseudo_labels != "kmeans":
+        parser.error(f"--kmeans_engine {args.kmeans_engine} goes with --pseudo_labels kmeans; leave it out")
     if args.model_name is None:
         args.model_name = f"CBSwR_{ {'cub200': 'CUB200', 'car196': 'Car196'}.get(args.dataset, args.dataset) }"
     return args
@@ -351,8 +372,12 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
     data = {"training": training.fingerprint(), "validation": validation.fingerprint()}
     processes.check_same({f"--{name}": config[name] for name in sorted(config.keys() - MACHINE)} | data)
-    stale = run.files_to_overwrite(args.overwrite) if processes.first and not args.resume else []
-    saved = processes.from_first(load_run(run, args.resume) if processes.first and args.resume else None)
+    stale, saved = [], None
+    if processes.first:
+        check_folders(args, run.path)
+        stale = [] if args.resume else run.files_to_overwrite(args.overwrite)
+        saved = load_run(args, run, len(training)) if args.resume else None
+    saved = processes.from_first(saved)
     if saved:
         check_data(saved, data, training, validation)
 
@@ -398,8 +423,17 @@ def training_step(
 
 
 def check_sizes(args: argparse.Namespace, training, validation, processes: int) -> None:
-    """Options that the data set limits, and a test half that cannot be scored."""
+    """Options that the data set and the machine limit, and a test half that cannot be scored."""
+    from datasets import crop_size
+    from models import check_crop_size
+    from utils.clustering import has_faiss
+
     count = len(training)
+    check_crop_size(args.backbone, crop_size(training.image_size))
+    if args.kmeans_engine == "faiss" and not has_faiss():
+        raise UserError(
+            "--kmeans_engine faiss: faiss cannot be imported here; install it, or use --kmeans_engine torch"
+        )
     if validation.labelled and len(set(validation.labels.tolist())) < 2:
         raise UserError(f"{validation.path}: holds images of one class only; scores need at least two test classes")
     if args.batch_size > count:
@@ -429,16 +463,29 @@ def to_device(images, device, data_on: str):
     return resident
 
 
-def load_run(run: RunFolder, resume: str) -> dict | None:
+def check_folders(args: argparse.Namespace, run: Path) -> None:
+    """The places that a run writes to, before it makes any of them."""
+    from utils.files import check_writable
+
+    check_writable(run, "make it writable, or move the run" if args.resume else "choose another --checkpoint_dir")
+    if args.log_dir:
+        check_writable(Path(args.log_dir), "choose another --log_dir")
+    log_file = Path(args.log_dir or run) / f"{args.model_name}.log"
+    if log_file.is_dir():
+        raise UserError(f"{log_file}: is a folder, where the log is to be written; choose another --log_dir")
+
+
+def load_run(args: argparse.Namespace, run: RunFolder, images: int) -> dict | None:
     """The content of the checkpoint that --resume names, None for a run that was stopped before its first.
 
-    Raises UserError when there is none to continue from.
+    Raises UserError when there is none to continue from with `images` training images.
     """
-    from models.weights import read_torch_file
+    from models.weights import check_tensors, read_torch_file
+    from utils.runs import fault_in
 
     run.lock()
     last, best = run.path / LAST, run.path / BEST
-    path = Path(resume) if Path(resume).suffix == ".pth" else last
+    path = Path(args.resume) if Path(args.resume).suffix == ".pth" else last
     if path.name != LAST and last.exists():
         raise UserError(f"--resume {path}: {last} is there, and would be lost; continue from that, or move it away")
     if not path.is_file():
@@ -448,8 +495,11 @@ def load_run(run: RunFolder, resume: str) -> dict | None:
             raise UserError(f"{path}: no such file; put it back, or start again without --resume")
         return None
     saved = read_torch_file(path)
-    if not isinstance(saved, dict) or not {"model", "optimizer", "epoch", "rng", "metrics"} <= saved.keys():
-        raise UserError(f"{path}: not a checkpoint that training can continue from")
+    fault = fault_in(saved, images, args)
+    if fault:
+        raise UserError(f"{path}: not a checkpoint that training can continue from ({fault}); "
+                        f"start the run again without --resume")  # fmt: skip
+    check_tensors(saved["model"], path)
     return saved
 
 
@@ -457,7 +507,7 @@ def check_data(saved: dict, data: dict, training: Split, validation: Split) -> N
     """Raise UserError naming the array that is not the one which the run of a checkpoint began with."""
     for name, split in (("training", training), ("validation", validation)):
         for part, path in (("images", split.path), ("labels", split.label_path)):
-            then, now = (found[name][part].partition(" sha256 ") for found in (saved.get("data", data), data))
+            then, now = (found[name][part].partition(" sha256 ") for found in (saved.get("data") or data, data))
             if then != now:
                 changed = f"{now[0]}, it was {then[0]}" if now[0] != then[0] else "its content has changed"
                 raise UserError(f"{path}: not the file that the run began with: {changed}; put that back, or start "
@@ -477,9 +527,9 @@ def restore(job: Job, saved: dict) -> None:
         if "cuda" in saved["rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state(saved["rng"]["cuda"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--resume: the checkpoint does not fit the run's config.json ({str(error).splitlines()[0]})"
-        ) from None
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch's second line says which
+        raise UserError(f"--resume {job.args.resume}: the checkpoint does not fit the run's config.json ({reason}); "
+                        f"start the run again without --resume") from None  # fmt: skip
     for group in job.optimizer.param_groups:
         group["lr"] = job.args.lr  # the one option of the method that may change
 
@@ -636,7 +686,8 @@ def start_log(args: argparse.Namespace, run: Path) -> None:
     folder = Path(args.log_dir) if args.log_dir else run
     folder.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.INFO)
-    log.handlers = [logging.StreamHandler(sys.stdout), LogFile(folder / f"{args.model_name}.log")]
+    log_file = LogFile(folder / f"{args.model_name}.log", encoding="utf-8", errors="backslashreplace")
+    log.handlers = [logging.StreamHandler(sys.stdout), log_file]
 
 
 def print_epoch(row: dict) -> None:

@@ -1,10 +1,12 @@
-"""How seconds and memory of search (Recall@K), mining (1-NN) and k-means grow with the number of rows."""
+"""How seconds and memory of every stage grow with the number of images N, columns D, clusters K and the batch m."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,57 +14,132 @@ from typing import Any
 import numpy as np
 import paired
 import torch
+import train_step
 
+from benchmarks.pre_process import make_raw, script_command
+from models import build_model
 from utils.clustering import kmeans
 from utils.metrics import recall_at_k
+from utils.process import keep_freed_memory
 from utils.search import nearest_neighbors
 
-COLUMNS = 128
-SIZES = (10_000, 100_000, 1_000_000)
-TINY = (400,)
+PER_CLASS = 50  # rows
 MOST_QUERIES = 20_000  # of a search; more rows than that are searched by a share of them
+ITERATIONS = 20  # of k-means, at most
+
+# stage -> what grows -> its three sizes; the rest stays as in BASE
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "pre-processing": {"images": (500, 1000, 2000)},
+    "training step": {"batch": (8, 16, 32)},
+    "features": {"batch": (16, 64, 256)},
+    "recall": {"rows": (10_000, 100_000, 1_000_000), "columns": (32, 128, 512)},
+    "mining": {"rows": (10_000, 100_000, 1_000_000), "columns": (32, 128, 512)},
+    "k-means": {"rows": (10_000, 100_000, 1_000_000), "columns": (32, 128, 512), "clusters": (32, 256, 2048)},
+}
+TINY = {
+    "pre-processing": {"images": (20,)},
+    "training step": {"batch": (2,)},
+    "features": {"batch": (2,)},
+    "recall": {"rows": (400,), "columns": (8,)},
+    "mining": {"rows": (400,)},
+    "k-means": {"rows": (400,), "clusters": (4,)},
+}
+BASE = {"rows": 20_000, "columns": 128, "clusters": 100, "batch": 32, "images": 500}
+TINY_BASE = {"rows": 400, "columns": 16, "clusters": 8, "batch": 2, "images": 20}
 
 
-def measured(task: str, count: int) -> dict[str, Any]:
-    """Seconds and peak memory of one task at one size, on synthetic embeddings, in this process."""
-    embeddings, labels = paired.clustered_unit_vectors(count, COLUMNS, max(2, count // 50))
-    rng = np.random.default_rng(1)
-    queries = np.sort(rng.choice(count, min(count, MOST_QUERIES), replace=False))
-    note = f"{len(queries)} of {count} rows are queries"
-    if task == "recall" and len(queries) < count:
-        # hits of a share of the queries: their 8 nearest rows besides themselves
-        def run() -> None:
-            found = nearest_neighbors(embeddings, 9, queries=embeddings[queries])[1].numpy()
-            hit = (labels[found] == labels[queries, None]) & (found != queries[:, None])
-            hit.any(1).mean()
-    elif task == "recall":
-        run, note = partial(recall_at_k, embeddings, labels), "every row is a query"
-    elif task == "mining" and len(queries) < count:
-        run = partial(nearest_neighbors, embeddings, 2, queries=embeddings[queries])
-    elif task == "mining":
-        run, note = partial(nearest_neighbors, embeddings), "every row is a query"
-    else:
-        run, note = partial(kmeans, embeddings, 100, max_iter=20), "100 clusters, one start, at most 20 iterations"
+def vectors_task(stage: str, size: dict[str, int]) -> tuple[Callable[[], Any], str]:
+    """The call of a stage that works on embeddings, and what it does, in words."""
+    rows, columns = size["rows"], size["columns"]
+    embeddings, labels = paired.clustered_unit_vectors(rows, columns, max(2, rows // PER_CLASS))
+    nearest_neighbors(torch.rand(300, 8))  # loads the libraries before memory is watched
+    if stage == "k-means":
+        run = partial(kmeans, embeddings, size["clusters"], max_iter=ITERATIONS)
+        return run, f"{size['clusters']} clusters, one start, at most {ITERATIONS} iterations"
+    if rows <= MOST_QUERIES or (stage == "recall" and rows <= 5 * MOST_QUERIES):
+        run = partial(recall_at_k, embeddings, labels) if stage == "recall" else partial(nearest_neighbors, embeddings)
+        return run, "every row is a query"
+    queries = np.sort(np.random.default_rng(1).choice(rows, MOST_QUERIES, replace=False))
+    k = 9 if stage == "recall" else 2  # a query finds itself as well
+    return (
+        partial(nearest_neighbors, embeddings, k, queries=embeddings[queries]),
+        f"{MOST_QUERIES} of {rows} rows are queries, {k} neighbours",
+    )
+
+
+def network_task(stage: str, size: dict[str, int], tiny: bool) -> tuple[Callable[[], Any], str]:
+    """A training step, or the features of a batch, of ResNet-18 in float32 on random pixels."""
+    keep_freed_memory()
+    stored, batch = (64, size["batch"]) if tiny else (256, size["batch"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = np.random.default_rng(0).integers(0, 256, (max(4, 2 * batch), stored, stored, 3), np.uint8)
+    model = build_model("resnet_small" if tiny else "resnet18")
+    if stage == "training step":
+        step = train_step.ours(model, images, batch, "fp32", device, "tensor")
+        return step, f"2 x {batch} views of {stored * 7 // 8} px"
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    inputs = model.normalization(torch.from_numpy(images[:batch, : stored * 7 // 8, : stored * 7 // 8]).to(device))
+
+    def features() -> None:
+        with torch.inference_mode():
+            model.features(inputs)
+
+    return features, f"{batch} images of {stored * 7 // 8} px"
+
+
+# a small process, as a child's largest memory counts that of the process it was forked from
+LARGEST_CHILD = """import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
+
+
+def pre_processing(count: int) -> dict[str, Any]:
+    """Two workers on random JPEGs: seconds, and the resident memory of the largest process."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw = make_raw(Path(folder) / "cub200", count)
+        outputs: list[str] = []
+        command = [sys.executable, "-c", LARGEST_CHILD, *script_command(raw, 2)]
+        spent = paired.seconds(lambda: outputs.append(subprocess.check_output(command, text=True)))
+    return {"seconds": spent, "largest_process_mb": int(outputs[0]) / 1024, "what": "two workers, JPEGs of 500 x 375"}
+
+
+def measured(stage: str, size: dict[str, int], tiny: bool) -> dict[str, Any]:
+    """Seconds and peak memory of one stage at one size, in this process; the second of two calls of a network."""
+    if stage == "pre-processing":
+        return pre_processing(size["images"])
+    network = stage in ("training step", "features")
+    run, what = network_task(stage, size, tiny) if network else vectors_task(stage, size)
     spent: list[float] = []
-    peak = paired.peak_extra_mb(lambda: spent.append(paired.seconds(run)))
-    return {"rows": count, "seconds": spent[0], "peak_mb_above_embeddings": peak, "what": note}
+
+    def timed() -> None:
+        for _ in range(2 if network else 1):
+            spent.append(paired.seconds(run))
+
+    peak = paired.peak_extra_mb(timed)
+    return {"seconds": spent[-1], "peak_mb_above_start": peak, "what": what}
 
 
 def main() -> None:
-    parser = paired.arguments("growth", __doc__)
-    parser.add_argument("--one", nargs=2, metavar=("TASK", "ROWS"), help="one measurement, printed as JSON")
+    parser = paired.arguments("growth", " ".join(__doc__.split()))
+    parser.add_argument("--one", help="one measurement (JSON: stage, size), printed as JSON")
+    parser.add_argument("--stages", nargs="+", choices=list(SIZES), default=list(SIZES), help="which to measure")
     options = parser.parse_args()
     if options.one:
-        nearest_neighbors(torch.rand(300, 8))  # loads the libraries before memory is watched
-        print(json.dumps(measured(options.one[0], int(options.one[1]))))
+        asked = json.loads(options.one)
+        print(json.dumps(measured(asked["stage"], asked["size"], options.tiny)))
         return
-    result: dict[str, Any] = {"data": f"synthetic clustered unit vectors, {COLUMNS} columns, 50 rows a class"}
-    for task in ("recall", "mining", "k-means"):
-        result[task] = []
-        for count in TINY if options.tiny else SIZES:
-            command = [sys.executable, str(Path(__file__)), "--one", task, str(count)]  # fresh: nothing left over
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            result[task].append(json.loads(done.stdout))
+    sizes, base = (TINY, TINY_BASE) if options.tiny else (SIZES, BASE)
+    result: dict[str, Any] = {"data": f"synthetic unit vectors in classes of {PER_CLASS}; random pixels", "base": base}
+    for stage in options.stages:
+        result[stage] = {}
+        for what, values in sizes[stage].items():
+            result[stage][what] = []
+            for value in values:
+                asked = json.dumps({"stage": stage, "size": base | {what: value}})
+                command = [sys.executable, str(Path(__file__)), "--one", asked, *(["--tiny"] if options.tiny else [])]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                result[stage][what].append({what: value, **json.loads(done.stdout)})
+                print(stage, result[stage][what][-1], file=sys.stderr)
     paired.write(result, options)
 
 

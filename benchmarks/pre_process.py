@@ -29,10 +29,15 @@ def make_raw(folder: Path, count: int) -> Path:
     return folder
 
 
+def script_command(raw: Path, workers: int) -> list[str]:
+    """The command line of the project's script."""
+    script = paired.ROOT / "pre_process" / "pre_process_cub200.py"
+    return [sys.executable, str(script), "--data_dir", str(raw), "--workers", str(workers)]
+
+
 def script(raw: Path, workers: int) -> None:
     """The project's script, in a process of its own."""
-    command = [sys.executable, str(paired.ROOT / "pre_process" / "pre_process_cub200.py")]
-    subprocess.run([*command, "--data_dir", str(raw), "--workers", str(workers)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(script_command(raw, workers), check=True, stdout=subprocess.DEVNULL)
 
 
 def plain_loop(raw: Path) -> None:

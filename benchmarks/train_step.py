@@ -159,8 +159,8 @@ def largest_difference(model: nn.Module, images: np.ndarray, m: int, device: tor
     return max(abs(float(a[name]) / float(b[name]) - 1) for name in b)
 
 
-def measure(backbone: str, size: int, m: int, count: int, repeats: int) -> dict[str, Any]:
-    """All ways of one backbone."""
+def measure(backbone: str, size: int, m: int, count: int, precisions: list[str], repeats: int) -> dict[str, Any]:
+    """All ways of one backbone; the step without input is of the first precision."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = build_model(backbone)
@@ -170,13 +170,13 @@ def measure(backbone: str, size: int, m: int, count: int, repeats: int) -> dict[
         images = np.load(path, mmap_mode="r")
         difference = largest_difference(model, images, m, device)
         ways = {
-            "ours, bf16": ours(model, images, m, "bf16", device, "host"),
-            "ours, fp32": ours(model, images, m, "fp32", device, "host"),
-            "ours, bf16, no input": ours(model, images, m, "bf16", device, "tensor"),
+            **{f"ours, {name}": ours(model, images, m, name, device, "host") for name in precisions},
+            f"ours, {precisions[0]}, no input": ours(model, images, m, precisions[0], device, "tensor"),
             "literal, fp32": reference(model, images, m, device),
         }
         if device.type == "cuda":
-            ways["ours, bf16, resident images"] = ours(model, images, m, "bf16", device, "device")
+            name = f"ours, {precisions[0]}, resident images"
+            ways[name] = ours(model, images, m, precisions[0], device, "device")
         timed = paired.in_turn(ways, repeats, device)
     for figures in timed.values():
         figures["rows_per_second"] = 2 * m / figures["median_s"]
@@ -186,11 +186,13 @@ def measure(backbone: str, size: int, m: int, count: int, repeats: int) -> dict[
 def main() -> None:
     parser = paired.arguments("train_step", " ".join(__doc__.split()))
     parser.add_argument("--backbones", nargs="+", default=["googlenet", "resnet18"])
+    parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
+    parser.add_argument("--batch", type=int, default=64, help="m, images a batch (default 64)")
     options = parser.parse_args()
     keep_freed_memory()
-    size, m, count = (64, 4, 16) if options.tiny else (256, 64, 512)
+    size, m, count = (64, 4, 16) if options.tiny else (256, options.batch, 8 * options.batch)
     backbones = ["googlenet"] if options.tiny else options.backbones
-    result = {name: measure(name, size, m, count, options.repeats) for name in backbones}
+    result = {name: measure(name, size, m, count, options.precisions, options.repeats) for name in backbones}
     paired.write({"data": "random pixels", **result}, options)
 
 

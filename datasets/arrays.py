@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from utils.errors import UserError
 
+SMALLEST_IMAGE_SIZE = 8  # px, of pre-processing too
 SCRIPTS = ("cub200", "car196", "glyphs")  # with a pre_process script each
 HASH_BLOCK = 16 << 20  # bytes
 UNLABELLED = -1  # the label of every image of a data set without labels
@@ -80,24 +82,30 @@ def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size
     size = image_size or _only_size(folder, dataset, split)
     stem = f"{split}_{dataset}_{size}resized"
     path = folder / f"{stem}_img.npy"
-    images = _open_array(path, dataset, "r")
-    labels = _open_array(folder / f"{stem}_label.npy", dataset, None)
+    images = _open_array(path, dataset)
+    labels = _open_array(folder / f"{stem}_label.npy", dataset)
     if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2] or images.dtype != np.uint8:
         raise UserError(
             f"{path}: expected uint8 images (N, S, S, 3), found {images.dtype} {images.shape}; pre-process again"
         )
-    if not images.flags.c_contiguous:
+    if images.shape[1] != size or size < SMALLEST_IMAGE_SIZE:
+        raise UserError(
+            f"{path}: holds images of {images.shape[1]} px, not the {size} of its name, of {SMALLEST_IMAGE_SIZE} or "
+            f"more; pre-process again"
+        )
+    if not images.flags.c_contiguous and len(images):
         raise UserError(f"{path}: stored in Fortran order; save it in C order, or pre-process again")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(
-            f"{folder / f'{stem}_label.npy'}: expected integer labels (N,), found {labels.dtype} {labels.shape}"
+            f"{folder / f'{stem}_label.npy'}: expected integer labels (N,), found {labels.dtype} {labels.shape}; "
+            f"pre-process again"
         )
     if len(labels) != len(images):
         raise UserError(f"{path}: {len(images)} images but {len(labels)} labels; pre-process again")
     if len(labels) and len(np.unique(labels == UNLABELLED)) > 1:
         raise UserError(f"{folder / f'{stem}_label.npy'}: -1 (no label) beside labels; give all images one, or none")
     if len(images) < 2:
-        raise UserError(f"{path}: holds {len(images)} images; at least 2 are needed")
+        raise UserError(f"{path}: holds {len(images)} images; at least 2 are needed; pre-process again")
     return Split(images, labels.astype(np.int64), path, _stamp(path))
 
 
@@ -134,13 +142,17 @@ def _how_to_make(dataset: str) -> str:
     )
 
 
-def _open_array(path: Path, dataset: str, mmap_mode: str | None) -> np.ndarray:
+def _open_array(path: Path, dataset: str) -> np.ndarray:
+    """Memory-map an array, so that a header alone, whatever size it claims, takes no memory; objects are refused."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {_how_to_make(dataset)}")
+    if not path.is_file():
+        raise UserError(f"{path}: not a file; {_how_to_make(dataset)}")
     try:
-        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {_how_to_make(dataset)}") from None
-    except (ValueError, EOFError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of overflow in the product of a shape
+            return np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception:  # numpy's parser of headers raises almost anything for damaged ones
         raise UserError(f"{path}: not a plain .npy array of numbers, or truncated; pre-process again") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: not a .npy array; pre-process again")
-    return array

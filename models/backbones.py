@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.googlenet import caffe_googlenet
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,26 @@ class BackboneSpec:
     channels: int
     normalization: InputNormalization
     torchvision_weights: str | None = None
+    smallest_crop: int = 1  # side in pixels; of less, the last pooling leaves nothing
 
 
 BACKBONES = {
-    "googlenet": BackboneSpec(caffe_googlenet, 1024, CAFFE),
-    "googlenet_caffe": BackboneSpec(lambda: caffe_googlenet(lrn="caffe"), 1024, CAFFE),
-    "googlenet_bn": BackboneSpec(_torchvision_googlenet, 1024, PLUS_MINUS_ONE, "GoogLeNet_Weights"),
+    "googlenet": BackboneSpec(caffe_googlenet, 1024, CAFFE, smallest_crop=31),
+    "googlenet_caffe": BackboneSpec(lambda: caffe_googlenet(lrn="caffe"), 1024, CAFFE, smallest_crop=31),
+    "googlenet_bn": BackboneSpec(_torchvision_googlenet, 1024, PLUS_MINUS_ONE, "GoogLeNet_Weights", 15),
     "resnet18": BackboneSpec(lambda: _torchvision_resnet("resnet18"), 512, IMAGENET, "ResNet18_Weights"),
     "resnet34": BackboneSpec(lambda: _torchvision_resnet("resnet34"), 512, IMAGENET, "ResNet34_Weights"),
     "resnet50": BackboneSpec(lambda: _torchvision_resnet("resnet50"), 2048, IMAGENET, "ResNet50_Weights"),
     "resnet101": BackboneSpec(lambda: _torchvision_resnet("resnet101"), 2048, IMAGENET, "ResNet101_Weights"),
     "resnet_small": BackboneSpec(_small_resnet, 128, IMAGENET),
 }
+
+
+def check_crop_size(backbone: str, crop: int) -> None:
+    """Raise UserError for crops of `crop` pixels a side, too small for `backbone` to make a feature map of."""
+    smallest = BACKBONES[backbone].smallest_crop
+    if crop < smallest:
+        raise UserError(
+            f"--backbone {backbone}: takes crops of at least {smallest} px, and these images are cropped to {crop}; "
+            f"pre-process them larger, or use --backbone resnet_small"
+        )

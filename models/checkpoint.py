@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from models.backbones import BACKBONES
 from models.cbswr import CBSwR, build_model
-from models.weights import read_torch_file
+from models.weights import check_tensors, read_torch_file
 from utils.errors import UserError
 from utils.runs import find_checkpoint
 
@@ -35,6 +36,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     config = content.get("config") if isinstance(content.get("config"), dict) else {}
     epoch = content.get("epoch")
+    check_tensors(state, path)
     n_cluster, low_dim, backbone = _describe(state, config.get("backbone"), path)
     model = CBSwR(backbone, n_cluster, low_dim)
     model.load_state_dict(state)
@@ -86,17 +88,32 @@ def _describe(state: dict[str, Tensor], named: object, path: str | os.PathLike) 
     if cluster_head is None or embedding_head is None or cluster_head.dim() != 2 or embedding_head.dim() != 2:
         raise UserError(f"{path}: not a CBSwR checkpoint: no weights feat_ext.0 and clustering.2 in it")
     n_cluster, low_dim = cluster_head.shape[0], embedding_head.shape[0]
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if n_cluster < 1 or low_dim < 1:
+        raise UserError(f"{path}: not a CBSwR checkpoint: K is {n_cluster} and the embedding has {low_dim} dimensions")
+    found = _kinds(state)
     nearest, nearest_faults = "", None
     for backbone in sorted(BACKBONES, key=lambda name: name != named):
-        with torch.device("meta"):
-            expected = {n: tuple(v.shape) for n, v in CBSwR(backbone, n_cluster, low_dim).state_dict().items()}
-        if expected == shapes:
+        expected = _layout(backbone, n_cluster, low_dim)
+        if expected == found:
             return n_cluster, low_dim, backbone
-        faults = [n for n in (*expected, *shapes) if expected.get(n) != shapes.get(n)]
+        faults = [n for n in dict.fromkeys((*expected, *found)) if expected.get(n) != found.get(n)]
         if nearest_faults is None or len(faults) < len(nearest_faults):
             nearest, nearest_faults = backbone, faults
     raise UserError(
         f"{path}: fits no known backbone; the nearest is {nearest}, with {len(nearest_faults)} names missing, "
-        f"unknown or of another shape, the first is {nearest_faults[0]}"
+        f"unknown or of another shape or kind, the first is {nearest_faults[0]}; get the file again, or retrain"
     )
+
+
+@lru_cache(maxsize=len(BACKBONES))  # all of them take a second
+def _layout(backbone: str, n_cluster: int, low_dim: int) -> dict[str, tuple]:
+    """What the state_dict of such a network holds, see `_kinds`; nothing is allocated."""
+    import torchvision  # noqa: F401  # imported for the first time under the meta device, torch 2.6 fails
+
+    with torch.device("meta"):
+        return _kinds(CBSwR(backbone, n_cluster, low_dim).state_dict())
+
+
+def _kinds(state: dict[str, Tensor]) -> dict[str, tuple]:
+    """Shape of each tensor, and whether it is of floating point."""
+    return {name: (tuple(value.shape), value.is_floating_point()) for name, value in state.items()}

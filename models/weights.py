@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -21,13 +23,14 @@ GOOGLENET_FILE = Path(__file__).resolve().parent / "googlenet.h5"
 GOOGLENET_SOURCE = "github.com/vadimkantorov/metriclearningbench (release `data`, file googlenet.h5)"
 _QUOTED = re.compile(r"""(['"])(.+)\1""")
 _CLASSIFIER = re.compile(r"(fc|aux1|aux2|loss\d)\b")  # of a network trained to classify; no backbone has them
+_MOST_FLOATS = 2**28  # 1 GiB in float32, six times the largest backbone: more is no file of weights
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def read_torch_file(path: str | os.PathLike, device: str | torch.device = "cpu") -> object:
     """Load a file written by `torch.save` without executing anything in it.
 
-    Raises UserError naming the file: missing, truncated, not a torch file, or holding more than plain data.
+    Raises UserError naming the file: missing, truncated, not a torch file, compressed, or holding more than plain data.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,8 +40,12 @@ def read_torch_file(path: str | os.PathLike, device: str | torch.device = "cpu")
         start = file.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # a zip archive, or a pickle as torch wrote it before 1.6
         raise UserError(f"{path}: not a file written by torch.save; give a checkpoint or a state_dict")
+    if start == b"PK":
+        _check_archive(path)
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on how it was pickled
+            return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = (
             "it holds Python objects beyond tensors and plain values, which could run code"
@@ -48,6 +55,48 @@ def read_torch_file(path: str | os.PathLike, device: str | torch.device = "cpu")
         raise UserError(f"{path}: refused: {reason}; save a plain state_dict and try again") from None
     except Exception as error:  # a damaged file fails anywhere in torch's readers, with no common class of error
         raise UserError(f"{path}: damaged or truncated ({type(error).__name__}); fetch or make it again") from None
+
+
+def _check_archive(path: Path) -> None:
+    """Raise UserError unless a zip archive is a whole one of torch.save, stored as it is and no larger than the file.
+
+    torch would unpack a compressed one, and a few kilobytes can unpack to any size; nor does it compare checksums.
+    """
+    again = "fetch or make it again"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = {entry.filename.rpartition("/")[2] for entry in entries}
+            if "data.pkl" not in names or "constants.pkl" in names:  # the latter: code for torch.jit
+                kind = "a TorchScript program" if "constants.pkl" in names else "a zip archive of something else"
+                raise UserError(f"{path}: {kind}, not a file written by torch.save; give a checkpoint or a state_dict")
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise UserError(f"{path}: refused: it unpacks to more than it holds, as no file of torch.save; {again}")
+            wrong = archive.testzip()
+    except UserError:
+        raise
+    except Exception as error:  # zipfile raises almost anything for damaged archives
+        raise UserError(f"{path}: damaged or truncated ({type(error).__name__}); {again}") from None
+    if wrong is not None:
+        raise UserError(f"{path}: damaged: its part {wrong} does not match its checksum; {again}")
+
+
+def check_tensors(named: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Raise UserError naming the first tensor from the file `path` that cannot be a network's weights.
+
+    One that is sparse, quantised or complex, that claims more bytes than the whole file has, or is not finite.
+    """
+    size = os.path.getsize(path)
+    for name, value in named.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.device.type == "meta":
+            raise UserError(f"{path}: {name} is not a plain tensor of real numbers; save a plain state_dict")
+        if value.numel() * value.element_size() > size:
+            raise UserError(
+                f"{path}: {name} claims the shape {tuple(value.shape)}, more than the file holds; get another"
+            )
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinite values: its training diverged; take another file")
 
 
 def read_hdf5_arrays(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -62,13 +111,22 @@ def read_hdf5_arrays(path: str | os.PathLike) -> dict[str, Tensor]:
     arrays: dict[str, Tensor] = {}
 
     def visit(where: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset) and item.shape is not None and item.dtype.kind == "f" and not item.external:
-            arrays[_hdf5_name(where)] = torch.from_numpy(item[()].astype("float32", copy=False).reshape(item.shape))
+        own = isinstance(item, h5py.Dataset) and not (item.external or item.is_virtual)  # else kept in another file
+        if not own or item.shape is None or item.dtype.kind != "f":
+            return
+        floats = item.size + sum(value.numel() for value in arrays.values())
+        if floats > _MOST_FLOATS:
+            raise UserError(
+                f"{path}: {where} claims the shape {item.shape}, more than any weights take; get another file"
+            )
+        arrays[_hdf5_name(where)] = torch.from_numpy(item[()].astype("float32", copy=False).reshape(item.shape))
 
     try:
         with h5py.File(path, "r") as file:
             file.visititems(visit)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # h5py raises almost anything for damaged files
         raise UserError(f"{path}: not a readable HDF5 file ({error}); fetch it again") from None
     if not arrays:
         raise UserError(f"{path}: holds no floating-point arrays; expected the weights of a backbone")
@@ -124,6 +182,7 @@ def load_backbone_weights(backbone: nn.Module, name: str, spec: BackboneSpec, we
         source, arrays = f"torchvision {spec.torchvision_weights}.IMAGENET1K_V1", _download(spec, name)
     else:
         source, arrays = str(weights), _read_weights_file(Path(weights))
+        check_tensors(arrays, weights)
     _fill(backbone, arrays, name, source)
     return source
 
@@ -161,6 +220,11 @@ def _fill(backbone: nn.Module, arrays: dict[str, Tensor], name: str, source: str
             raise UserError(
                 f"{source}: not the weights of {name}: {key} has shape {tuple(arrays[key].shape)}, "
                 f"expected {tuple(value.shape)}; choose the --backbone they belong to"
+            )
+        if key in arrays and arrays[key].is_floating_point() != value.is_floating_point():
+            raise UserError(
+                f"{source}: not the weights of {name}: {key} holds {arrays[key].dtype}, expected {value.dtype}; "
+                f"save the weights in floating point"
             )
     # halves widen to the network's dtype on copying
     backbone.load_state_dict({key: arrays[key] for key in own if key in arrays}, strict=False)

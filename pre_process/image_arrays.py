@@ -19,22 +19,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path, PureWindowsPath
-from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from utils.arguments import Parser, path_name, whole
 from utils.errors import UserError, run_script
-from utils.files import written_whole
+from utils.files import check_writable, made_folder, written_whole
 
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # none of these starts another program
 ROWS_PER_TASK = 16  # small: the last worker is never busy for long, and Ctrl-C waits for one task at most
-SMALLEST_IMAGE_SIZE = 8
+SMALLEST_IMAGE_SIZE, LARGEST_IMAGE_SIZE = 8, 4096
 FIRST_UNREADABLE = 3  # unreadable images that an error names
 
 MakeRow = Callable[[Any, int], np.ndarray]
@@ -43,37 +43,30 @@ MakeRow = Callable[[Any, int], np.ndarray]
 # ---------------------------------------------------------------------------------------------------- options
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are a `UserError`: one line, without the usage before it."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
-
-
-def option_parser(dataset: str, description: str, image_size: int = 256) -> argparse.ArgumentParser:
+def option_parser(dataset: str, description: str, image_size: int = 256) -> Parser:
     """The options that all scripts have; a script adds its own. `image_size` is the default side in pixels."""
-    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description)
     files = parser.add_argument_group("files")
     files.add_argument(
-        "--data_dir", type=Path, default=Path("data"), help=f"the folder that holds {dataset}/, or that folder itself"
+        "--data_dir", type=folder, default=Path("data"), help=f"the folder that holds {dataset}/, or that folder itself"
     )
     files.add_argument(
         "--out_dir",
-        type=Path,
+        type=folder,
         default=argparse.SUPPRESS,
         help=f"where the four .npy files go; created where it is missing (default: the {dataset} folder of --data_dir)",
     )
     work = parser.add_argument_group("work")
     work.add_argument(
         "--image_size",
-        type=partial(whole_number, smallest=SMALLEST_IMAGE_SIZE),
+        type=whole(SMALLEST_IMAGE_SIZE, LARGEST_IMAGE_SIZE),
         default=image_size,
         metavar="PIXELS",
         help="side of the square images that are written; it is part of the files' names",
     )
     work.add_argument(
         "--workers",
-        type=partial(whole_number, smallest=1),
+        type=whole(1, 1024),
         default=usable_cores(),
         metavar="N",
         help="processes that make images at the same time; the files are the same for every number",
@@ -81,12 +74,9 @@ def option_parser(dataset: str, description: str, image_size: int = 256) -> argp
     return parser
 
 
-def whole_number(text: str, smallest: int) -> int:
-    """The whole number that an option's `text` writes; `argparse` reports one below `smallest` or none at all."""
-    digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit()) or int(text) < smallest:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {smallest} or more")
-    return int(text)
+def folder(text: str) -> Path:
+    """An argparse type: the path of a folder, there or not."""
+    return Path(path_name(text))
 
 
 def usable_cores() -> int:
@@ -127,14 +117,27 @@ def find_raw_folder(data_dir: Path, dataset: str, marker: str, below: Sequence[s
     raise UserError(f"{data_dir / dataset / marker}: not found; {advice}")
 
 
-def image_path(folder: Path, name: str, where: str) -> Path:
-    """The path of a listed image, `name` under `folder`; `UserError` beginning with `where` if it leaves the folder."""
+def image_path(folder: Path, name: str, where: str, linked: str = "") -> Path:
+    """The path of a listed image, `name` under `folder`; `UserError` beginning with `where` if it leaves the folder.
+
+    `folder`, and in it the folder `linked`, may be links that the user made. No other link may lead out of them.
+    """
     listed = PureWindowsPath(name)  # knows both kinds of slash and drive letters, on every system
     if not listed.parts or not name.isprintable():
         raise UserError(f"{where}: {name!r} is no path of an image; restore the list from the original archive")
     if listed.drive or listed.root or ".." in listed.parts:
         raise UserError(f"{where}: the path {name!r} leaves the data folder; list paths below {folder} alone")
-    return folder / name
+    path = folder / name
+    real = Path(os.path.realpath(path)) if path.is_symlink() else real_folder(path.parent)
+    if not any(real.is_relative_to(home) for home in (real_folder(folder), real_folder(folder / linked))):
+        raise UserError(f"{where}: {name!r} is a link out of the data folder; put the image itself at {path}")
+    return path
+
+
+@lru_cache(maxsize=1024)
+def real_folder(folder: Path) -> Path:
+    """The folder behind all links; asked for every image that lies in it."""
+    return Path(os.path.realpath(folder))
 
 
 def checked_class(label: int, n_classes: int, where: str) -> int:
@@ -278,8 +281,8 @@ def write_splits(
     Images are uint8 (N, image_size, image_size, 3), labels int64 (N,). A split that knows its paths gets
     `..._paths.csv` as well, with the columns path and class, in the order of the rows. All files appear together once
     all are complete and on the disk; until then older ones stay, and a failure or a signal leaves nothing of this run
-    behind. Pixels go straight from the process that makes them to their place in the file: no process ever holds more
-    than one row.
+    behind, not even a new folder. Pixels go straight from the process that makes them to their place in the file: no
+    process ever holds more than one row.
 
     Args:
         make_row: `(source, image_size) -> uint8 (image_size, image_size, 3)`; a module's function (it is sent by name).
@@ -290,11 +293,12 @@ def write_splits(
     Returns the rows that were left out. Raises `UserError`: an unwritable folder, a full disk, a worker that died,
     unreadable images, and what `make_row` raises.
     """
-    make_folder(out_dir)
-    check_space(out_dir, sum(len(split.labels) for split in splits) * (image_size**2 * 3 + 8))
-    warn_of_leftovers(out_dir, dataset)
+    check_writable(out_dir, "choose another --out_dir")
     lines, left_out = [], []
     with ExitStack() as files:
+        files.enter_context(made_folder(out_dir))
+        check_space(out_dir, sum(len(split.labels) for split in splits) * (image_size**2 * 3 + 8))
+        warn_of_leftovers(out_dir, dataset)
 
         def beside(name: str) -> tuple[Path, Path]:
             return out_dir / name, files.enter_context(written_whole(out_dir / name))
@@ -515,15 +519,6 @@ def signals_deferred() -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------- the disk
-
-
-def make_folder(folder: Path) -> None:
-    """Create `folder` and those above it; `UserError` where that cannot be or nothing can be written in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another --out_dir") from None
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -15,18 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's
 
 from pre_process import image_arrays
 from utils.errors import UserError
+from utils.process import memory_limited
 
 N_CLASSES = 196
 ADVICE = (
     "the Stanford links are dead: get a copy of Stanford Cars from Kaggle or Hugging Face (cars_annos.mat and "
     "car_ims.tgz) so that cars_annos.mat and car_ims/000001.jpg ... lie in data/car196/, or give --data_dir"
 )
+MOST_MEMORY = 5 * 10**8  # bytes to read the annotations with: fifty times what the original takes
 MEND = "get the original cars_annos.mat"
 
 
 def main() -> None:
     """Read the options and the annotations, write the four files."""
-    args = image_arrays.option_parser("car196", __doc__.splitlines()[0]).parse_args()
+    args = image_arrays.option_parser("car196", __doc__.splitlines()[0]).parse(sys.argv[1:])
     home, raw = image_arrays.find_raw_folder(args.data_dir, "car196", "cars_annos.mat", [], ADVICE)
     paths, labels = read_annotations(raw / "cars_annos.mat")
     splits = image_arrays.halves_by_class(paths, labels, N_CLASSES, raw / "cars_annos.mat")
@@ -56,7 +58,7 @@ def read_annotations(file: Path) -> tuple[list[Path], list[int]]:
             raise UserError(f"{where}: relative_im_path is not one text; {MEND}")
         if isinstance(label, bool) or not isinstance(label, (int, float)) or label != label // 1:
             raise UserError(f"{where}: class {' '.join(repr(label).split())} is not one whole number; {MEND}")
-        path = image_arrays.image_path(file.parent, name, where)
+        path = image_arrays.image_path(file.parent, name, where, linked="car_ims")
         if first_entry.setdefault(path, entry) != entry:
             raise UserError(f"{where}: {name!r} is already annotation {first_entry[path]}; {MEND}")
         paths.append(path)
@@ -69,7 +71,10 @@ def load_annotations(file: Path) -> np.ndarray:
     from scipy.io import loadmat  # here, since it takes longer to import than all the rest
 
     try:
-        variables = loadmat(file, squeeze_me=True, variable_names=["annotations"])
+        with memory_limited(MOST_MEMORY):
+            variables = loadmat(file, squeeze_me=True, variable_names=["annotations"])
+    except MemoryError:
+        raise UserError(f"{file}: claims arrays of more than {MOST_MEMORY // 10**6} MB; {MEND}") from None
     except Exception as error:  # the reader raises almost anything for files of another kind
         what = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file}: cannot be read as a MATLAB file ({what}); {MEND}") from None

@@ -23,7 +23,7 @@ MEND = "restore the list from the original archive"
 
 def main() -> None:
     """Read the options and the lists, write the four files."""
-    args = image_arrays.option_parser("cub200", __doc__.splitlines()[0]).parse_args()
+    args = image_arrays.option_parser("cub200", __doc__.splitlines()[0]).parse(sys.argv[1:])
     home, raw = image_arrays.find_raw_folder(args.data_dir, "cub200", "images.txt", ["CUB_200_2011"], ADVICE)
     paths, labels = read_lists(raw)
     splits = image_arrays.halves_by_class(paths, labels, N_CLASSES, raw / "image_class_labels.txt")

@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, when this is run as a script
 
 from pre_process import image_arrays
-from utils.arguments import folder_name, real
+from utils.arguments import Parser, folder_name, name_of, real, whole
 from utils.errors import UserError
 from utils.images import find_images
 
@@ -27,24 +27,24 @@ SUBFOLDERS = "subfolders"
 COLUMNS = ("path", "class")  # of a file of labels
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The options that all scripts have, and those about the folder."""
     parser = image_arrays.option_parser("<name>", __doc__.splitlines()[0])
     own = parser.add_argument_group("your images")
-    own.add_argument("--images", type=Path, required=True, metavar="DIR", default=argparse.SUPPRESS,
+    own.add_argument("--images", type=image_arrays.folder, metavar="DIR",
                      help="the folder; those below it count, hidden ones do not")  # fmt: skip
-    own.add_argument("--name", type=folder_name, required=True, default=argparse.SUPPRESS,
+    own.add_argument("--name", type=folder_name,
                      help="of the data set: train.py --dataset NAME")  # fmt: skip
     own.add_argument("--labels", metavar="subfolders|FILE.csv",
                      help="subfolders: the class of an image is its folder directly below --images; or a CSV file with "
                      "the columns path (below --images) and class; without labels nothing can be scored")  # fmt: skip
-    own.add_argument("--split_by", choices=("classes", "images"), default=argparse.SUPPRESS,
+    own.add_argument("--split_by", type=name_of(("classes", "images")), default=argparse.SUPPRESS,
                      help="classes: those of the test half are never seen in training, as in the paper; images: drawn "
                      "at random, whatever their class (default: classes with --labels, images without)")  # fmt: skip
     own.add_argument("--train_share", type=real(0, above=True), default=argparse.SUPPRESS, metavar="SHARE",
                      help="of the classes (the first ones by number or name) or of the images that train; above 0 and "
                      "below 1 (default: 0.5 of the classes, 0.9 of the images)")  # fmt: skip
-    own.add_argument("--seed", type=lambda text: image_arrays.whole_number(text, 0), default=0, metavar="N",
+    own.add_argument("--seed", type=whole(0), default=0, metavar="N",
                      help="draws the images of --split_by images")  # fmt: skip
     own.add_argument("--skip_bad", action="store_true",
                      help="leave unreadable images out and list them in <name>_<size>resized_unreadable.csv; without "
@@ -55,7 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Read the options, find the images and their classes, write the files."""
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse(sys.argv[1:])
+    if args.images is None or args.name is None:
+        parser.error("give --images DIR and --name NAME")
     split_by = getattr(args, "split_by", "classes" if args.labels else "images")
     share = getattr(args, "train_share", 0.5 if split_by == "classes" else 0.9)
     if args.name in OFFICIAL:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, when this is run as a script
 
 from pre_process import image_arrays
+from utils.arguments import LARGEST_SEED, whole
 from utils.errors import UserError
 
 # Every script and subject lies in both halves. Left out: letters that scripts share (A, Alpha), that differ in size
@@ -83,18 +84,18 @@ def main() -> None:
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument(
         "--per_class",
-        type=partial(image_arrays.whole_number, smallest=1),
+        type=whole(1, 10_000),
         default=30,
         metavar="N",
         help="images of each of the 200 characters",
     )
     drawing.add_argument(
         "--seed",
-        type=partial(image_arrays.whole_number, smallest=0),
+        type=whole(0, LARGEST_SEED),
         default=0,
         help="another seed draws other images of the same characters",
     )
-    args = parser.parse_args()
+    args = parser.parse(sys.argv[1:])
     home = args.data_dir if args.data_dir.resolve().name == "glyphs" else args.data_dir / "glyphs"
     glyphs = all_glyphs(args.per_class, args.seed)
     labels = [glyph.label for glyph in glyphs]

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from forks import Forks
@@ -67,20 +66,3 @@ def forks(tmp_path_factory) -> Iterator[Forks]:
     forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()
-
-
-@pytest.fixture
-def execute(monkeypatch, capsys):
-    """Run train.py's main in this process as the command line would; exit status, output and error text."""
-    import train
-    from utils.errors import run_script
-
-    def run(*argv: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            run_script(train.main)
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=caught.value.code or 0, out=captured.out, err=captured.err)
-
-    return run

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
+from scripts import ROOT, Outcome
+
+LONGEST = 300  # seconds: a process that waits for ever fails its test
 
 
 class Forks:
@@ -47,14 +48,14 @@ class Forks:
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
-    def finish(self) -> SimpleNamespace:
+    def finish(self) -> Outcome:
         """Wait for the run; `code` as of subprocess (minus the signal for a killed one), `out`, `err`."""
         self.server.stdin.write("\n")
         self.server.stdin.flush()
         code = os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
-        return SimpleNamespace(code=code, out=(self.folder / "out").read_text(), err=(self.folder / "err").read_text())
+        return Outcome(code, (self.folder / "out").read_text(), (self.folder / "err").read_text())
 
-    def run(self, *argv: object, kill_after: float | None = None, **how: object) -> SimpleNamespace:
+    def run(self, *argv: object, kill_after: float | None = None, **how: object) -> Outcome:
         """Start and finish; with `kill_after`, SIGKILL after so many seconds."""
         pid = self.start(*argv, **how)
         if kill_after is not None:
@@ -68,6 +69,7 @@ def _child(order: dict) -> None:
         os.dup2(os.open(Path(order["folder"]) / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND), number)
     if order["processes"] > 1:
         _fork_processes(order["processes"])
+    signal.alarm(LONGEST)
     sys.argv = [order["script"], *order["argv"]]
     if order["script"] != "train.py":
         runpy.run_path(str(ROOT / order["script"]), run_name="__main__")

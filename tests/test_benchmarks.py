@@ -19,3 +19,8 @@ def test_tiny_run(name: str, root: Path, tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert result["machine"]["cores"] >= 1
     assert json.loads(done.stdout) == result
+
+
+def test_tables_are_those_of_the_measured_figures(root: Path) -> None:
+    done = subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -15,8 +15,9 @@ import numpy as np
 import processes as job
 import pytest
 import torch
+from scripts import failed
 from synthetic import shapes, write_dataset, write_split
-from training import failed, options, outcome, same_weights, trained
+from training import options, outcome, same_weights, trained
 
 import train as script
 from utils.distributed import ALONE
@@ -172,12 +173,23 @@ def test_a_stop_while_the_first_process_scores(data, tmp_path, forks, two):
     ({"lr": 1e30}, "", 3, "the last good state stays in"),
     ({}, on(1, "raise MemoryError", call=2), 2, "out of memory on the host; lower --batch_size"),
     ({}, on(1, "os.kill(os.getpid(), signal.SIGKILL)", call=2), 137, "one of the 2 processes ended without a message"),
-])  # fmt: skip
+], ids=["no data", "batch not shared", "wrong value", "another option", "another file", "first alone", "diverged",
+        "no memory", "killed"])  # fmt: skip
 def test_a_fault_is_one_line(data, tmp_path, forks, changed, before, code, words):
     started = time.monotonic()
     result = forks.run(*options(data, tmp_path, **(SETTINGS | changed)), before=before, processes=2)
     assert time.monotonic() - started < 60
     failed(result, words, code=code)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--json={run}"], "/run: is a folder; give the name of a file"),
+    (["--dataset=none"], "validation_none_256resized_img.npy: no such file"),
+])  # fmt: skip
+def test_a_fault_of_scoring_is_one_line(data, two, forks, argv, words):
+    argv = ["--dataset=tiny", f"--data_dir={data}", f"--checkpoint_path={two.run}", "--device=cpu", *argv]
+    result = forks.run(*(word.replace("{run}", str(two.run)) for word in argv), script="test.py", processes=2)
+    failed(result, words, script="test.py")
 
 
 def test_a_process_killed_under_torchrun_ends_the_job(data, tmp_path, one):

@@ -20,6 +20,7 @@ import utils.embeddings
 import utils.neighbours
 from datasets import load_split
 from models import build_model
+from models.export import export_onnx
 from utils.embeddings import network_hash, open_embeddings
 from utils.errors import run_script
 from utils.images import find_images
@@ -229,6 +230,7 @@ def test_unreadable_images(execute, checkpoint, photos, tmp_path):
     (["--images", "a", "--dataset", "b"], "give either --images, or --dataset"),
     (["--images", "a"], "give either --checkpoint_path, or --backbone"),
     (["--images", "a", "--checkpoint_path", "b"], "give --out FILE.npy"),
+    (["--images", "a", "--checkpoint_path", "b", "--onnx", "c.onnx"], "--onnx writes the network alone"),
     (["--images", "a", "--checkpoint_path", "b", "--out", "c.txt"], "must end in .npy"),
     (["--images", "a", "--checkpoint_path", "b", "--out", "no/c.npy"], "its folder does not exist"),
     (["--dataset", "a", "--checkpoint_path", "b", "--out", "c.npy", "--skip_bad"], "--skip_bad goes with --images"),
@@ -239,6 +241,33 @@ def test_embed_refuses(execute, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     failed(execute(embed, *argv), words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backbone", ["resnet_small", "googlenet", "googlenet_caffe"])
+@pytest.mark.parametrize("features", ["embedding", "pooled"])
+@pytest.mark.filterwarnings("ignore")  # torch's remarks on its exporter
+def test_onnx_gives_what_pytorch_gives(tmp_path, backbone, features):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = build_model(backbone, 4, 12).eval()
+    export_onnx(model, tmp_path / "net.onnx", 40, features)
+    images = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), dtype=np.uint8)
+    ours = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(["features"], {"images": images})[0]
+    with torch.no_grad():
+        pooled, embedding = model.features(model.normalization(torch.from_numpy(images)))
+    expected = (embedding if features == "embedding" else pooled).numpy()
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+    assert np.abs(expected - expected[0]).max() > 1e-3 and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embed_writes_onnx_for_the_size_of_the_checkpoint(execute, checkpoint, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    done = execute(embed, "--checkpoint_path", checkpoint, "--onnx", tmp_path / "net.onnx")
+    assert done.code == 0 and "(batch, 28, 28, 3)" in done.out and "squashed to 32 px" in done.out
+    shape = onnx.load(tmp_path / "net.onnx").graph.input[0].type.tensor_type.shape
+    assert [d.dim_param or d.dim_value for d in shape.dim] == ["batch", 28, 28, 3]
 
 
 # ------------------------------------------------------------------------------------------------ search.py

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scripts import failed
 from synthetic import write_dataset
 from torch import nn
-from training import failed, options, outcome, same_weights, trained
+from training import execute, options, outcome, same_weights, trained
 
-import losses
 import train as script
+from losses import cbswr
 from utils.errors import DivergedError
 from utils.finite import LossWatch, check_weights
 
@@ -38,7 +39,7 @@ def undisturbed(tmp_path_factory) -> SimpleNamespace:
     return trained(write_dataset(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("undisturbed"), **SETTINGS)
 
 
-def assert_resumes(execute, run: Path, undisturbed: SimpleNamespace, *more: object) -> None:
+def assert_resumes(run: Path, undisturbed: SimpleNamespace, *more: object) -> None:
     result = execute("--resume", run, *more)
     assert (result.code, result.err) == (0, "")
     assert outcome(run).rows == undisturbed.rows and same_weights(outcome(run), undisturbed)
@@ -63,7 +64,7 @@ def mount(folder: Path, *options: object) -> None:
         pytest.skip(f"may not mount a file system here: {done.stderr.strip()}")
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(data, small_disk, tmp_path, execute, undisturbed):
+def test_a_full_disk_keeps_the_checkpoint_before(data, small_disk, tmp_path, undisturbed):
     assert 0.7 < (undisturbed.run / "last.pth").stat().st_size / BYTES_OF_A_CHECKPOINT < 1.2
     logs = tmp_path / "logs"
     result = execute(*options(data, small_disk, log_dir=logs, **SETTINGS))
@@ -72,39 +73,39 @@ def test_a_full_disk_keeps_the_checkpoint_before(data, small_disk, tmp_path, exe
     assert outcome(run).saved["epoch"] == 1 and outcome(run).rows == undisturbed.rows[:1]
     assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "last.pth", "best.pth"}
     mount(small_disk, "-o", f"remount,size={BYTES_OF_A_CHECKPOINT * 9}")
-    assert_resumes(execute, run, undisturbed)
+    assert_resumes(run, undisturbed)
 
 
-def test_a_quota_at_the_first_checkpoint(data, tmp_path, undisturbed, execute, forks):
+def test_a_quota_at_the_first_checkpoint(data, tmp_path, undisturbed, forks):
     """Files may not grow beyond a limit, which a process of its own sets itself."""
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({BYTES_OF_A_CHECKPOINT // 2},) * 2)"
     result = forks.run(*options(data, tmp_path, **SETTINGS), before=limit)
     run = tmp_path / "run"
     failed(result, f"{run}/best.pth: cannot be written (File too large)")
     assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "run.log"}
-    assert_resumes(execute, run, undisturbed)
+    assert_resumes(run, undisturbed)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_log_that_cannot_be_written(data, tmp_path, execute, undisturbed):
+def test_a_log_that_cannot_be_written(data, tmp_path, undisturbed):
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "run.log").symlink_to("/dev/full")
     failed(execute(*options(data, tmp_path, log_dir=logs, **SETTINGS)), f"{logs}/run.log: cannot be written")
-    assert_resumes(execute, tmp_path / "run", undisturbed, "--log_dir", tmp_path)
+    assert_resumes(tmp_path / "run", undisturbed, "--log_dir", tmp_path)
 
 
-def test_a_read_only_folder(data, tmp_path, execute, undisturbed):
+def test_a_read_only_folder(data, tmp_path, undisturbed):
     folder = tmp_path / "runs"
     folder.mkdir()
     run = folder / "run"
     trained(data, folder, **{**SETTINGS, "n_epoch": 1})
     with read_only(folder):
         before = {path.name: path.read_bytes() for path in run.iterdir()}
-        failed(execute("--resume", run, "--n_epoch=2"), f"{run}/config.json: cannot be written (", "make it writable")
-        failed(execute(*options(data, folder, model_name="other")), f"{folder / 'other'}: cannot be written (")
+        failed(execute("--resume", run, "--n_epoch=2"), f"{run}: cannot be written to (", "make it writable")
+        failed(execute(*options(data, folder, model_name="other")), f"{folder / 'other'}: cannot be written to (")
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-    assert_resumes(execute, run, undisturbed, "--n_epoch=2")
+    assert_resumes(run, undisturbed, "--n_epoch=2")
 
 
 @contextlib.contextmanager
@@ -149,7 +150,7 @@ def before_step(monkeypatch, number: int, action) -> None:
 
 @pytest.mark.parametrize("workers, step", [(0, 4), (2, 3)])  # with 2, an epoch's three batches are cut ahead at once
 @pytest.mark.parametrize("how", ["truncated", "changed"])
-def test_data_changed_under_a_run(data, tmp_path, monkeypatch, execute, undisturbed, how, workers, step):
+def test_data_changed_under_a_run(data, tmp_path, monkeypatch, undisturbed, how, workers, step):
     path = image_file(data)
     whole = path.read_bytes()
 
@@ -172,10 +173,10 @@ def test_data_changed_under_a_run(data, tmp_path, monkeypatch, execute, undistur
     refused = execute("--resume", run)
     failed(refused, str(path), "truncated" if how == "truncated" else "its content has changed")
     path.write_bytes(whole)
-    assert_resumes(execute, run, undisturbed)
+    assert_resumes(run, undisturbed)
 
 
-def test_data_changed_under_an_evaluation(data, tmp_path, monkeypatch, execute, undisturbed):
+def test_data_changed_under_an_evaluation(data, tmp_path, monkeypatch, undisturbed):
     path = image_file(data, "validation")
     whole, evaluate = path.read_bytes(), script.evaluate
 
@@ -188,10 +189,10 @@ def test_data_changed_under_an_evaluation(data, tmp_path, monkeypatch, execute, 
         failed(execute(*options(data, tmp_path, **SETTINGS)), f"{path}: was changed while it was in use")
         path.write_bytes(whole)
     assert outcome(tmp_path / "run").saved["current"]["step"] == 3
-    assert_resumes(execute, tmp_path / "run", undisturbed)
+    assert_resumes(tmp_path / "run", undisturbed)
 
 
-def test_a_file_put_in_the_place_of_an_open_one_does_no_harm(data, tmp_path, monkeypatch, execute, undisturbed):
+def test_a_file_put_in_the_place_of_an_open_one_does_no_harm(data, tmp_path, monkeypatch, undisturbed):
     path = image_file(data)
 
     def replace() -> None:
@@ -209,7 +210,7 @@ def test_a_file_put_in_the_place_of_an_open_one_does_no_harm(data, tmp_path, mon
     ("label", lambda a: np.roll(a, 1), "its content has changed"),
     ("both", lambda a: a[:20], "uint8 (20, 32, 32, 3), it was uint8 (24, 32, 32, 3)"),
 ])  # fmt: skip
-def test_other_data_is_not_resumed(data, tmp_path, undisturbed, execute, half, part, change, words):
+def test_other_data_is_not_resumed(data, tmp_path, undisturbed, half, part, change, words):
     before = (undisturbed.run / "last.pth").read_bytes()
     paths = [image_file(data, half).with_name(image_file(data, half).name.replace("_img", f"_{name}"))
              for name in (("img", "label") if part == "both" else (part,))]  # fmt: skip
@@ -226,26 +227,26 @@ def no_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of ...")
 
 
-def test_no_memory_in_a_step(data, tmp_path, monkeypatch, execute, undisturbed):
-    calls, function = [], losses.cbswr_losses
+def test_no_memory_in_a_step(data, tmp_path, monkeypatch, undisturbed):
+    calls, function = [], cbswr.cbswr_losses
     with monkeypatch.context() as patch:
-        patch.setattr(losses, "cbswr_losses", lambda *a, **k: (
+        patch.setattr(cbswr, "cbswr_losses", lambda *a, **k: (
             calls.append(1), len(calls) == 5 and no_memory(), function(*a, **k))[-1])  # fmt: skip
         result = execute(*options(data, tmp_path, checkpoint_every_steps=1, **SETTINGS))
     failed(result, "out of memory on the GPU; lower --batch_size (8)", "--test_batch (100)", "--precision bf16",
            "--data_on host", f"--resume {tmp_path / 'run'}")  # fmt: skip
     assert outcome(tmp_path / "run").saved["current"]["step"] == 1
-    assert_resumes(execute, tmp_path / "run", undisturbed)
+    assert_resumes(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.parametrize("fault", [no_memory, lambda *_: torch.empty(1 << 50)])
-def test_no_memory_in_an_evaluation(data, tmp_path, monkeypatch, execute, undisturbed, fault):
+def test_no_memory_in_an_evaluation(data, tmp_path, monkeypatch, undisturbed, fault):
     with monkeypatch.context() as patch:
         patch.setattr(script, "evaluate", fault)
         result = execute(*options(data, tmp_path, **SETTINGS))
     failed(result, f"out of memory on the {'GPU' if fault is no_memory else 'host'}; lower", "--test_batch (100)")
     assert outcome(tmp_path / "run").saved["current"]["step"] == 3  # the epoch's steps are not lost
-    assert_resumes(execute, tmp_path / "run", undisturbed)
+    assert_resumes(tmp_path / "run", undisturbed)
 
 
 def test_other_faults_of_torch_stay_what_they_are(data, tmp_path, monkeypatch):
@@ -259,10 +260,10 @@ def test_other_faults_of_torch_stay_what_they_are(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_keeps_the_last_good_state(data, tmp_path, monkeypatch, execute, undisturbed, value):
-    calls, function = [], losses.total_loss
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(data, tmp_path, monkeypatch, undisturbed, value):
+    calls, function = [], cbswr.total_loss
     with monkeypatch.context() as patch:
-        patch.setattr(losses, "total_loss", lambda *a: (
+        patch.setattr(cbswr, "total_loss", lambda *a: (
             calls.append(1), function(*a) * (value if len(calls) == 5 else 1))[-1])  # fmt: skip
         result = execute(*options(data, tmp_path, checkpoint_every_steps=1, **SETTINGS))
     run = tmp_path / "run"
@@ -271,7 +272,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(data, tmp_path, mon
     saved = outcome(run).saved
     assert (saved["epoch"], saved["current"]["step"]) == (1, 1)
     assert all(v.isfinite().all() for v in saved["model"].values() if v.is_floating_point())
-    assert_resumes(execute, run, undisturbed)
+    assert_resumes(run, undisturbed)
 
 
 def test_loss_watch_names_the_step_and_each_loss():

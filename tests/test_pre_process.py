@@ -16,51 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from raw_folders import make_cars, make_cub, name_of, replace_line, save_photo
 from scipy.io import loadmat, savemat
+from scripts import Outcome, failed, run_in_process
 
 from pre_process import image_arrays, pre_process_car196, pre_process_cub200
-from utils.errors import UserError
 
 SCRIPTS = {"cub200": pre_process_cub200, "car196": pre_process_car196}
 SIZE = 16  # side of the images that the tests write, unless a test says otherwise
 
 
 # ------------------------------------------------------------------------------------------------ raw folders
-
-
-def save_photo(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> None:
-    """A JPEG of smooth random colours."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
-
-
-def make_cub(folder: Path) -> Path:
-    """Six images; ids not from 1, order not by class, labels listed in another order than images."""
-    listed = [(7, 150), (3, 1), (12, 100), (5, 101), (9, 2), (20, 200)]
-    for image_id, label in listed:
-        save_photo(folder / "images" / name_of(image_id, label), seed=image_id, size=(30 + image_id, 40))
-    (folder / "images.txt").write_text("".join(f"{i} {name_of(i, c)}\n" for i, c in listed))
-    (folder / "image_class_labels.txt").write_text("".join(f"{i} {c}\n" for i, c in sorted(listed)))
-    return folder
-
-
-def name_of(image_id: int, label: int) -> str:
-    return f"{label:03d}.Some_Bird/Some_Bird_{image_id:04d}.jpg"
-
-
-def make_cars(folder: Path, rows: list[tuple[str, object]] | None = None) -> Path:
-    """Five images in the struct of the official file; the `test` flag contradicts the classes on purpose."""
-    if rows is None:
-        rows = [(f"car_ims/{n:06d}.jpg", label) for n, label in enumerate((196, 1, 98, 99, 1), 1)]
-    for n in range(1, 6):
-        save_photo(folder / "car_ims" / f"{n:06d}.jpg", seed=n, size=(50, 20 + n))
-    fields = [(name, object) for name in ("relative_im_path", "bbox_x1", "class", "test")]
-    annotations = np.empty((1, len(rows)), dtype=fields)
-    for n, (path, label) in enumerate(rows):
-        annotations[0, n] = (path, 10, label, n % 2)
-    savemat(folder / "cars_annos.mat", {"annotations": annotations, "class_names": "x"})
-    return folder
 
 
 def make_raw(dataset: str, folder: Path) -> Path:
@@ -85,28 +51,8 @@ def reference(path: Path, size: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ running
 
 
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """Scripts set signal handlers; the tests after them get their own back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Run a script in this process: (exit status, stdout, stderr)."""
-
-    def run(dataset: str, *arguments: object) -> tuple[int, str, str]:
-        name = f"pre_process_{dataset}.py"
-        monkeypatch.setattr(sys, "argv", [f"pre_process/{name}", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            image_arrays.run(SCRIPTS[dataset].main)
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
+def script(dataset: str, *arguments: object) -> Outcome:
+    return run_in_process(f"pre_process_{dataset}.py", *arguments)
 
 
 @pytest.fixture
@@ -145,22 +91,14 @@ def assert_only_old_files(folder: Path, dataset: str, size: int = SIZE) -> None:
         assert path.read_bytes() == b"an older run's " + path.name.encode()
 
 
-def assert_one_line(dataset: str, status: int, err: str, *parts: str) -> None:
-    assert status == 2, err
-    assert err.startswith(f"pre_process_{dataset}.py: error: "), err
-    assert err.count("\n") == 1, err
-    for part in parts:
-        assert part in err
-
-
 # ------------------------------------------------------------------------------------------------ what is written
 
 
 @pytest.mark.parametrize("dataset", ["cub200", "car196"])
-def test_arrays_are_the_literal_reference_in_official_order(dataset, script, tmp_path):
+def test_arrays_are_the_literal_reference_in_official_order(dataset, tmp_path):
     raw = make_raw(dataset, tmp_path / dataset)
-    status, out, err = script(dataset, "--data_dir", tmp_path, "--image_size", SIZE, "--workers", 1)
-    assert (status, err) == (0, "")
+    done = script(dataset, "--data_dir", tmp_path, "--image_size", SIZE, "--workers", 1)
+    assert (done.code, done.err) == (0, "")
 
     last_training_class = {"cub200": 100, "car196": 98}[dataset]
     halves = {"training": [], "validation": []}
@@ -174,7 +112,7 @@ def test_arrays_are_the_literal_reference_in_official_order(dataset, script, tmp
         np.testing.assert_array_equal(images, np.stack([reference(path, SIZE) for path, _ in listed]))
     assert len(halves["training"]) == 3  # both sides of the border between the halves were tried
 
-    lines = out.splitlines()
+    lines = done.out.splitlines()
     assert len(lines) == 2
     assert f"training_{dataset}_{SIZE}resized_img.npy: (3, {SIZE}, {SIZE}, 3), " in lines[0]
     assert f"{len({c for _, c in halves['training']})} classes" in lines[0]
@@ -182,7 +120,7 @@ def test_arrays_are_the_literal_reference_in_official_order(dataset, script, tmp
     assert not list(raw.glob(".*"))
 
 
-def test_files_are_those_that_numpy_saves(script, tmp_path):
+def test_files_are_those_that_numpy_saves(tmp_path):
     raw = make_cub(tmp_path / "cub200")
     script("cub200", "--data_dir", tmp_path, "--image_size", SIZE, "--workers", 1)
     for path in outputs(raw, "cub200"):
@@ -190,7 +128,7 @@ def test_files_are_those_that_numpy_saves(script, tmp_path):
         assert path.read_bytes() == (tmp_path / "again.npy").read_bytes()
 
 
-def test_default_size_is_256(script, tmp_path):
+def test_default_size_is_256(tmp_path):
     raw = make_cub(tmp_path / "cub200")
     assert script("cub200", "--data_dir", tmp_path, "--workers", 1)[0] == 0
     assert np.load(raw / "training_cub200_256resized_img.npy").shape == (3, 256, 256, 3)
@@ -209,7 +147,7 @@ def test_large_photo_is_decoded_in_full(tmp_path):
 
 @pytest.mark.parametrize("place", ["", "CUB_200_2011"])
 @pytest.mark.parametrize("given", ["above", "itself"])
-def test_cub_is_found_where_it_was_unpacked(place, given, script, tmp_path):
+def test_cub_is_found_where_it_was_unpacked(place, given, tmp_path):
     home = tmp_path / "downloads" / "cub200"
     make_cub(home / place)
     data_dir = home.parent if given == "above" else home
@@ -217,7 +155,7 @@ def test_cub_is_found_where_it_was_unpacked(place, given, script, tmp_path):
     assert all(path.is_file() for path in outputs(home, "cub200"))
 
 
-def test_out_dir_is_created_and_raw_folder_left_alone(script, tmp_path):
+def test_out_dir_is_created_and_raw_folder_left_alone(tmp_path):
     raw = make_cars(tmp_path / "car196")
     before = sorted(raw.rglob("*"))
     target = tmp_path / "new" / "folder"
@@ -226,14 +164,14 @@ def test_out_dir_is_created_and_raw_folder_left_alone(script, tmp_path):
     assert sorted(target.iterdir()) == sorted(outputs(target, "car196"))
 
 
-def test_image_behind_a_link_of_the_users(script, tmp_path):
+def test_image_behind_a_link_of_the_users(tmp_path):
     raw = make_cub(tmp_path / "cub200")
     (raw / "images").rename(tmp_path / "elsewhere")
     (raw / "images").symlink_to(tmp_path / "elsewhere")
     assert script("cub200", "--data_dir", tmp_path, "--image_size", SIZE, "--workers", 1)[0] == 0
 
 
-def test_lists_with_windows_line_ends_and_empty_lines(script, tmp_path):
+def test_lists_with_windows_line_ends_and_empty_lines(tmp_path):
     raw = make_cub(tmp_path / "cub200")
     for name in ("images.txt", "image_class_labels.txt"):
         text = (raw / name).read_text()
@@ -362,12 +300,6 @@ def test_first_frame_of_a_moving_image(tmp_path):
 # ------------------------------------------------------------------------------------------------ bad input
 
 
-def replace_line(file: Path, number: int, line: str) -> None:
-    lines = file.read_text().splitlines()
-    lines[number - 1] = line
-    file.write_text("\n".join(lines) + "\n")
-
-
 FIRST = name_of(7, 150)  # the first image of the list, in the test half
 CUB_FAULTS = {  # what is done to a good raw folder -> what the message must name
     "no folder": (lambda raw: shutil.rmtree(raw), ["images.txt", "data.caltech.edu/records/65de6-vp158"]),
@@ -421,15 +353,13 @@ CUB_FAULTS = {  # what is done to a good raw folder -> what the message must nam
 
 
 @pytest.mark.parametrize("fault", CUB_FAULTS)
-def test_bad_cub_folder(fault, script, tmp_path):
+def test_bad_cub_folder(fault, tmp_path):
     spoil, named = CUB_FAULTS[fault]
     spoil(make_cub(tmp_path / "cub200"))
     put_old_files(tmp_path / "out", "cub200")
-    status, out, err = script(
-        "cub200", "--data_dir", tmp_path, "--out_dir", tmp_path / "out", "--image_size", SIZE, "--workers", 1
-    )
-    assert_one_line("cub200", status, err, *named)
-    assert out == ""
+    done = script("cub200", "--data_dir", tmp_path, "--out_dir", tmp_path / "out", "--image_size", SIZE, "--workers", 1)
+    failed(done, *named)
+    assert done.out == ""
     assert_only_old_files(tmp_path / "out", "cub200")
 
 
@@ -468,15 +398,13 @@ CAR_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", CAR_FAULTS)
-def test_bad_car_folder(fault, script, tmp_path):
+def test_bad_car_folder(fault, tmp_path):
     spoil, named = CAR_FAULTS[fault]
     spoil(make_cars(tmp_path / "car196"))
     put_old_files(tmp_path / "out", "car196")
-    status, out, err = script(
-        "car196", "--data_dir", tmp_path, "--out_dir", tmp_path / "out", "--image_size", SIZE, "--workers", 1
-    )
-    assert_one_line("car196", status, err, *named)
-    assert out == ""
+    done = script("car196", "--data_dir", tmp_path, "--out_dir", tmp_path / "out", "--image_size", SIZE, "--workers", 1)
+    failed(done, *named)
+    assert done.out == ""
     assert_only_old_files(tmp_path / "out", "car196")
 
 
@@ -488,19 +416,10 @@ def test_bad_car_folder(fault, script, tmp_path):
         ("--wrokers", "2"),
     ],
 )
-def test_bad_option(option, value, script, tmp_path):
+def test_bad_option(option, value, tmp_path):
     make_cub(tmp_path / "cub200")
-    status, _, err = script("cub200", "--data_dir", tmp_path, option, value)
-    assert_one_line("cub200", status, err, option, value)
-
-
-def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    Image.new("L", (100, 101)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 101)
-    assert image_arrays.read_image(tmp_path / "a.png", 8).shape == (8, 8, 3)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 101 - 1)  # Pillow itself would only warn
-    with pytest.raises(UserError, match=r"a\.png: .*exceeds limit"):
-        image_arrays.read_image(tmp_path / "a.png", 8)
+    done = script("cub200", "--data_dir", tmp_path, option, value)
+    failed(done, option, value)
 
 
 def test_bad_image_in_a_worker(root, tmp_path):
@@ -509,43 +428,43 @@ def test_bad_image_in_a_worker(root, tmp_path):
     options = ["--data_dir", tmp_path, "--out_dir", tmp_path / "out", "--image_size", SIZE, "--workers", 2]
     put_old_files(tmp_path / "out", "cub200")
     done = subprocess.run(command(root, "cub200", *options), capture_output=True, text=True, timeout=60)
-    assert_one_line("cub200", done.returncode, done.stderr, FIRST)
+    failed(Outcome(done.returncode, done.stdout, done.stderr), FIRST)
     assert_only_old_files(tmp_path / "out", "cub200")
 
 
 @pytest.mark.parametrize("blocked", ["out", "out/below"])
-def test_folder_that_cannot_be(blocked, script, tmp_path):
+def test_folder_that_cannot_be(blocked, tmp_path):
     make_cub(tmp_path / "cub200")
     (tmp_path / "out").write_text("a file")
-    status, _, err = script("cub200", "--data_dir", tmp_path, "--out_dir", tmp_path / blocked, "--workers", 1)
-    assert_one_line("cub200", status, err, str(tmp_path / blocked), "--out_dir")
+    done = script("cub200", "--data_dir", tmp_path, "--out_dir", tmp_path / blocked, "--workers", 1)
+    failed(done, str(tmp_path / blocked), "--out_dir")
 
 
-def test_unwritable_folder(script, tmp_path, small_disk):
+def test_unwritable_folder(tmp_path, small_disk):
     make_cub(tmp_path / "cub200")
     put_old_files(small_disk, "cub200")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)  # a mode would not stop root
     options = ["--data_dir", tmp_path, "--out_dir", small_disk, "--image_size", 8, "--workers", 1]
-    status, _, err = script("cub200", *options)
-    assert_one_line("cub200", status, err, f"{small_disk}: ", "Read-only file system", "--out_dir")
+    done = script("cub200", *options)
+    failed(done, f"{small_disk}: ", "Read-only file system", "--out_dir")
     assert_only_old_files(small_disk, "cub200")
 
 
 # ------------------------------------------------------------------------------------------------ the disk
 
 
-def test_too_little_space_is_seen_before_the_work(script, tmp_path, monkeypatch):
+def test_too_little_space_is_seen_before_the_work(tmp_path, monkeypatch):
     make_cub(tmp_path / "cub200")
     put_old_files(tmp_path / "out", "cub200")
     needed = 6 * (SIZE * SIZE * 3 + 8)
     for free, status_wanted in ((needed - 1, 2), (needed, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(10**9, 0, free))
-        status, _, err = script(
+        done = script(
             "cub200", "--data_dir", tmp_path, "--out_dir", tmp_path / "out", "--image_size", SIZE, "--workers", 1
         )
-        assert status == status_wanted
-        if status:
-            assert_one_line("cub200", status, err, str(tmp_path / "out"), "are free")
+        assert done.code == status_wanted
+        if done.code:
+            failed(done, str(tmp_path / "out"), "are free")
             assert_only_old_files(tmp_path / "out", "cub200")
 
 
@@ -563,41 +482,39 @@ def test_disk_that_fills_up_on_the_way(workers, root, tmp_path):
         timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    assert_one_line("cub200", done.returncode, done.stderr, "training_cub200_64resized_img.npy", "File too large")
+    failed(Outcome(done.returncode, done.stdout, done.stderr), "training_cub200_64resized_img.npy", "File too large")
     assert_only_old_files(tmp_path / "out", "cub200", 64)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_full_disk(workers, script, tmp_path, small_disk, monkeypatch):
+def test_full_disk(workers, tmp_path, small_disk, monkeypatch):
     make_cub(tmp_path / "cub200")
     options = ["--data_dir", tmp_path, "--out_dir", small_disk, "--image_size", 96, "--workers", workers]
-    status, _, err = script("cub200", *options)
-    assert_one_line("cub200", status, err, str(small_disk), "are free")
+    done = script("cub200", *options)
+    failed(done, str(small_disk), "are free")
     monkeypatch.setattr(image_arrays, "check_space", lambda *_: None)  # another program takes the space meanwhile
-    status, _, err = script("cub200", *options)
-    assert_one_line("cub200", status, err, "training_cub200_96resized_img.npy", "No space left")
+    done = script("cub200", *options)
+    failed(done, "training_cub200_96resized_img.npy", "No space left")
     assert not list(small_disk.iterdir())
 
 
-def test_nothing_is_renamed_before_all_is_complete(script, tmp_path):
+def test_nothing_is_renamed_before_all_is_complete(tmp_path):
     """The second split fails when the first is finished: not even the first may appear."""
     raw = make_cub(tmp_path / "cub200")
     (raw / "images" / name_of(20, 200)).write_text("no image")  # the last image of the validation split
     put_old_files(tmp_path / "out", "cub200")
-    status, _, err = script(
-        "cub200", "--data_dir", tmp_path, "--out_dir", tmp_path / "out", "--image_size", SIZE, "--workers", 1
-    )
-    assert_one_line("cub200", status, err, name_of(20, 200))
+    done = script("cub200", "--data_dir", tmp_path, "--out_dir", tmp_path / "out", "--image_size", SIZE, "--workers", 1)
+    failed(done, name_of(20, 200))
     assert_only_old_files(tmp_path / "out", "cub200")
 
 
-def test_leftovers_of_a_killed_run_are_pointed_out(script, tmp_path):
+def test_leftovers_of_a_killed_run_are_pointed_out(tmp_path):
     raw = make_cub(tmp_path / "cub200")
     left = raw / ".training_cub200_16resized_img.npy.1234.part"
     left.write_text("half")
-    status, _, err = script("cub200", "--data_dir", tmp_path, "--image_size", SIZE, "--workers", 1)
-    assert status == 0
-    assert str(left) in err
+    done = script("cub200", "--data_dir", tmp_path, "--image_size", SIZE, "--workers", 1)
+    assert done.code == 0
+    assert str(left) in done.err
     assert left.read_text() == "half"
 
 
@@ -672,7 +589,7 @@ def test_killed_worker_is_an_error(long_run, tmp_path):
     process = long_run(2)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, err = process.communicate(timeout=20)
-    assert_one_line("cub200", process.returncode, err, str(tmp_path / "out"), "worker process died", "--workers")
+    failed(Outcome(process.returncode, "", err), str(tmp_path / "out"), "worker process died", "--workers")
     assert_only_old_files(tmp_path / "out", "cub200", 256)
 
 
@@ -746,7 +663,7 @@ def test_scripts_can_be_imported_twice():
 
 
 @pytest.mark.shared
-def test_real_birds(shared, script, tmp_path):
+def test_real_birds(shared, tmp_path):
     raw = tmp_path / "cub200"
     raw.mkdir()
     real = shared / "data" / "cub200"
@@ -756,11 +673,11 @@ def test_real_birds(shared, script, tmp_path):
     for name in ("images.txt", "image_class_labels.txt"):
         lines = (real / name).read_text().splitlines(keepends=True)
         (raw / name).write_text("".join(line for line in lines if line.split()[0] in chosen))
-    check_real("cub200", raw, script, len(chosen))
+    check_real("cub200", raw, len(chosen))
 
 
 @pytest.mark.shared
-def test_real_cars(shared, script, tmp_path):
+def test_real_cars(shared, tmp_path):
     raw = tmp_path / "car196"
     raw.mkdir()
     real = shared / "data" / "car196"
@@ -768,12 +685,12 @@ def test_real_cars(shared, script, tmp_path):
     annotations = loadmat(real / "cars_annos.mat")["annotations"]
     chosen = [n for n, entry in enumerate(annotations[0]) if entry["class"].item() in (98, 99)]
     savemat(raw / "cars_annos.mat", {"annotations": annotations[:, chosen]})
-    check_real("car196", raw, script, len(chosen))
+    check_real("car196", raw, len(chosen))
 
 
-def check_real(dataset: str, raw: Path, script: Callable, n: int) -> None:
-    status, _, err = script(dataset, "--data_dir", raw, "--image_size", 64, "--workers", 1)
-    assert (status, err) == (0, "")
+def check_real(dataset: str, raw: Path, n: int) -> None:
+    done = script(dataset, "--data_dir", raw, "--image_size", 64, "--workers", 1)
+    assert (done.code, done.err) == (0, "")
     train, train_labels, test, test_labels = (np.load(path) for path in outputs(raw, dataset, 64))
     assert len(train) + len(test) == n > 100
     listed = official_list(dataset, raw)

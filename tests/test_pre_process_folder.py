@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import Outcome, failed, run_in_process
 from training import options
 
 import train
@@ -301,12 +302,21 @@ def test_faults_of_a_csv_file(script, tmp_path, text, words):
     assert_one_line(script("--labels", tmp_path / "labels.csv"), words)
 
 
+def test_images_and_a_name_are_needed():
+    for given in ([], ["--images", "photos"], ["--name", "mine"]):
+        failed(run_in_process("pre_process_folder.py", *given), "give --images DIR and --name NAME")
+
+
 def test_a_folder_without_images(tmp_path):
     with pytest.raises(UserError, match="no images in it"):
         find_images(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ training on it
+
+
+def execute(*argv: object) -> Outcome:
+    return run_in_process("train.py", *argv)
 
 
 @pytest.fixture
@@ -316,7 +326,7 @@ def unlabelled(script, tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def test_training_without_labels(execute, unlabelled, tmp_path):
+def test_training_without_labels(unlabelled, tmp_path):
     done = execute(*options(unlabelled, tmp_path, dataset="mine", batch_size=4, n_epoch=2, positives="nn"))
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
@@ -330,7 +340,7 @@ def test_training_without_labels(execute, unlabelled, tmp_path):
     assert (again.code, again.err) == (0, "") and "last epoch (3)" in again.out
 
 
-def test_an_untrained_network_without_labels(execute, unlabelled, tmp_path):
+def test_an_untrained_network_without_labels(unlabelled, tmp_path):
     assert execute(*options(unlabelled, tmp_path, dataset="mine", batch_size=4, n_epoch=0)).code == 0
     assert torch.load(tmp_path / "run" / "last.pth")["epoch"] == 0 and not (tmp_path / "run" / "best.pth").exists()
 

@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from forks import ROOT
+from scripts import failed
 from synthetic import write_dataset
-from training import failed, options, outcome, same_weights, trained
+from training import execute, options, outcome, same_weights, trained
 
 import train as script
 from utils.runs import RunFolder
@@ -71,7 +72,7 @@ def at_call(monkeypatch, name: str, when: int, action) -> list[int]:
     ("pseudo_label_images", 1, signal.SIGHUP, "after epoch 0;", (18, 3, 3)),
     ("print_epoch", 1, signal.SIGINT, "after epoch 1;", (12, 2, 2)),
 ])  # fmt: skip
-def test_stopped_and_resumed(data, tmp_path, monkeypatch, execute, undisturbed, function, call, number, where, left):
+def test_stopped_and_resumed(data, tmp_path, monkeypatch, undisturbed, function, call, number, where, left):
     with monkeypatch.context() as patch:
         at_call(patch, function, call, lambda: os.kill(os.getpid(), number))
         result = execute(*options(data, tmp_path, **SETTINGS))
@@ -91,7 +92,7 @@ def test_stopped_and_resumed(data, tmp_path, monkeypatch, execute, undisturbed, 
     assert [log.count(f"epoch {epoch:>3}  ") for epoch in (1, 2, 3)] == [1, 1, 1]
 
 
-def test_stopped_several_times_in_one_epoch(data, tmp_path, monkeypatch, execute):
+def test_stopped_several_times_in_one_epoch(data, tmp_path, monkeypatch):
     """Losses and pseudo-labels of the cluster head; each part of the epoch in its own go."""
     settings = {"n_epoch": 1, "batch_size": 4, "positives": "self"}
     whole = trained(data, tmp_path / "whole", **settings)
@@ -213,7 +214,7 @@ def assert_whole(run: Path, undisturbed: SimpleNamespace) -> None:
 # ---------------------------------------------------------------- what --resume takes
 
 
-def test_a_run_without_a_checkpoint_begins_anew(data, tmp_path, undisturbed, execute):
+def test_a_run_without_a_checkpoint_begins_anew(data, tmp_path, undisturbed):
     (tmp_path / "run").mkdir()
     shutil.copyfile(undisturbed.run / "config.json", tmp_path / "run" / "config.json")
     (tmp_path / "run" / "metrics.jsonl").write_text("")
@@ -224,7 +225,7 @@ def test_a_run_without_a_checkpoint_begins_anew(data, tmp_path, undisturbed, exe
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_an_earlier_checkpoint(data, tmp_path, monkeypatch, execute):
+def test_an_earlier_checkpoint(data, tmp_path, monkeypatch):
     epochs = {"n_epoch": 2, "batch_size": 8}
     monkeypatch.setattr(script, "evaluate", lambda *_: scores(0.5))  # the first epoch stays the best
     done = trained(data, tmp_path, **epochs)
@@ -252,7 +253,7 @@ def test_the_rate_may_change(data, tmp_path, undisturbed):
     assert changed.saved["optimizer"]["param_groups"][0]["lr"] == changed.saved["config"]["lr"] == 0.01
 
 
-def test_one_process_a_folder(data, tmp_path, execute):
+def test_one_process_a_folder(data, tmp_path):
     done = trained(data, tmp_path)
     other = RunFolder(done.run)
     other.lock()

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scripts import Outcome, failed, run_in_process
 from synthetic import shapes, write_dataset, write_split
 
 import train
 from datasets import load_split
 from models import build_model, load_checkpoint
-from utils.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def script():
-    """test.py as a module; its plain name belongs to a package of Python's own."""
-    spec = importlib.util.spec_from_file_location("test_script", ROOT / "test.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +43,9 @@ def run(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def execute(script, data, monkeypatch, capsys):
-    def execute(*argv: object, data_dir: Path = data, dataset: str = "tiny") -> SimpleNamespace:
-        given = ["test.py", "--data_dir", data_dir, "--dataset", dataset, "--device", "cpu", *argv]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in given])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            run_script(script.main)
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=caught.value.code or 0, out=captured.out, err=captured.err)
+def execute(data):
+    def execute(*argv: object, data_dir: Path = data, dataset: str = "tiny") -> Outcome:
+        return run_in_process("test.py", "--data_dir", data_dir, "--dataset", dataset, "--device", "cpu", *argv)
 
     return execute
 
@@ -190,13 +173,6 @@ def test_test_batch_and_image_size(execute, tmp_path, run, monkeypatch):
 # ---------------------------------------------------------------- mistakes
 
 
-def failed(result: SimpleNamespace, *words: str, code: int = 2) -> None:
-    assert result.code == code
-    assert result.err.startswith("test.py: error: ") and result.err.count("\n") == 1
-    for word in words:
-        assert word in result.err
-
-
 @pytest.mark.parametrize("argv, words", [
     ([], "give either --checkpoint_path, or --backbone"),
     (["--checkpoint_path", "a.pth", "--backbone", "resnet18"], "give either --checkpoint_path, or --backbone"),
@@ -233,9 +209,12 @@ def test_no_checkpoint(execute, tmp_path):
 
 def test_a_network_that_diverged(execute, tmp_path, run):
     saved = torch.load(run / "last.pth")
+    saved["model"]["base_model.conv1.weight"] *= 1e38
+    torch.save(saved, tmp_path / "huge.pth")
+    failed(execute("--checkpoint_path", tmp_path / "huge.pth"), "features are not finite", code=3)
     saved["model"]["feat_ext.0.weight"] += torch.nan
     torch.save(saved, tmp_path / "nan.pth")
-    failed(execute("--checkpoint_path", tmp_path / "nan.pth"), "features are not finite", code=3)
+    failed(execute("--checkpoint_path", tmp_path / "nan.pth"), str(tmp_path / "nan.pth"), "feat_ext.0.weight holds NaN")
 
 
 @pytest.mark.parametrize("option", ["--json", "--save_embeddings"])

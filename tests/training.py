@@ -1,4 +1,4 @@
-"""Runs of train.py that take a second: their options, their outcome, and how they fail."""
+"""Runs of train.py that take a second: their options and their outcome."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from scripts import Outcome, run_in_process
 
 import train as script
 
@@ -19,6 +20,10 @@ def options(data: Path, folder: Path, **changed: object) -> list[str]:
         "checkpoint_dir": folder, "model_name": "run",
     } | changed  # fmt: skip
     return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def execute(*argv: object) -> Outcome:
+    return run_in_process("train.py", *argv)
 
 
 def trained(data: Path, folder: Path, *more: str, **changed: object) -> SimpleNamespace:
@@ -36,10 +41,3 @@ def outcome(run: Path) -> SimpleNamespace:
 def same_weights(one: SimpleNamespace, other: SimpleNamespace) -> bool:
     a, b = one.saved["model"], other.saved["model"]
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def failed(result: SimpleNamespace, *words: str, code: int = 2) -> None:
-    assert result.code == code
-    assert result.err.startswith("train.py: error: ") and result.err.count("\n") == 1
-    for word in words:
-        assert word in result.err

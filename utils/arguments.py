@@ -6,11 +6,17 @@ import argparse
 import difflib
 import json
 import math
+import os
 from collections.abc import Callable
-from pathlib import Path
 
+from utils.errors import one_line
 from utils.process import place
 
+LARGEST_SEED = 2**32 - 1  # the largest that numpy and scikit-learn take
+LARGEST_REAL = 1e30  # far from where float32 ends
+LARGEST_MEMORY = 2**24  # MiB
+LONGEST_NAME = 200  # bytes of a folder's name, which is part of longer file names; file systems take 255
+LARGEST_CONFIG = 2**20  # bytes
 # the names of models.BACKBONES, which takes seconds to import
 BACKBONE_NAMES = (
     "googlenet",
@@ -24,8 +30,8 @@ BACKBONE_NAMES = (
 )
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `least`."""
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `least` and, if given, at most `most`."""
 
     def parse(text: str) -> int:
         try:
@@ -34,13 +40,15 @@ def whole(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
         return value
 
     return parse
 
 
 def real(least: float, *, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number of at least (or, with `above`, greater than) `least`."""
+    """An argparse type: a number of at least (or, with `above`, greater than) `least` and at most `LARGEST_REAL`."""
 
     def parse(text: str) -> float:
         try:
@@ -49,6 +57,8 @@ def real(least: float, *, above: bool = False) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
         if not math.isfinite(value) or value < least or (above and value == least):
             raise argparse.ArgumentTypeError(f"must be {'greater than' if above else 'at least'} {least:g}, got {text}")
+        if value > LARGEST_REAL:
+            raise argparse.ArgumentTypeError(f"must be at most {LARGEST_REAL:g}, got {text}")
         return value
 
     return parse
@@ -71,7 +81,29 @@ def folder_name(text: str) -> str:
     """An argparse type: a plain name that makes one folder: not empty, no separators, not a hidden or parent folder."""
     if not text or text.startswith(".") or "/" in text or "\\" in text or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a plain name without slashes or a leading dot, got {text!r}")
+    if not text.isprintable() or len(os.fsencode(text)) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"expected a name of at most {LONGEST_NAME} printable bytes, got {text!r}")
     return text
+
+
+def path_name(text: str) -> str:
+    """An argparse type: a path that a system can have: not empty, no NUL, no half of a character."""
+    try:
+        usable = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
+    return text
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
+    """The JSON object of these pairs; ValueError for a key that comes twice, of which one would silently be lost."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return content
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -105,11 +137,15 @@ class Parser(argparse.ArgumentParser):
     def read_json(self, path: str) -> dict:
         """Options from a JSON object; exits with status 2 when it is none."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            with open(path, "rb") as file:
+                text = file.read(LARGEST_CONFIG + 1)
+            if len(text) > LARGEST_CONFIG:
+                self.error(f"{path}: larger than {LARGEST_CONFIG} bytes; give a JSON file of options")
+            content = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles)
         except OSError as error:
             self.error(f"{path}: {error.strerror}; give a JSON file of options")
-        except ValueError as error:
-            self.error(f"{path}: not valid JSON ({error})")
+        except (ValueError, RecursionError) as error:
+            self.error(f"{path}: not valid JSON ({error}); mend it or leave it out")
         if not isinstance(content, dict):
             self.error(f'{path}: expected a JSON object of options such as {{"lr": 0.001}}')
         return content
@@ -118,7 +154,7 @@ class Parser(argparse.ArgumentParser):
         """One line and exit status 2; argparse's usage text would bury it. One line on a machine of many processes."""
         source = f"{self._source}: " if self._source and self._source not in message else ""
         here = place()
-        line = f"{self.prog}: error: {source}{message} (see {self.prog} --help)\n"
+        line = f"{self.prog}: error: {one_line(f'{source}{message}')} (see {self.prog} --help)\n"
         self.exit(2, line if here is None or here.local_rank == 0 else None)
 
     def _options(self) -> dict[str, argparse.Action]:
@@ -143,6 +179,8 @@ class Parser(argparse.ArgumentParser):
         known = {dest: option for dest, option in known.items() if dest not in {"help", "config"}}
         argv = []
         for key, value in values.items():
+            if f"--{key}" in self.removed:
+                self.error(f"{source}: {key}: {self.removed[f'--{key}']}")
             if key not in known:
                 close = difflib.get_close_matches(key, known, 1)
                 self.error(f"{source}: unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))

@@ -407,7 +407,7 @@ def _faiss_centroids(matrix: Tensor, k: int, n_init: int, max_iter: int, seed: i
         k,
         niter=max_iter,
         nredo=n_init,
-        seed=seed,
+        seed=seed % 2**31,  # a C int
         min_points_per_centroid=1,
         max_points_per_centroid=len(matrix),
         gpu=torch.cuda.is_available() and hasattr(faiss, "StandardGpuResources"),

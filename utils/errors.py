@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+LONGEST = 1500  # characters of an error
+
 
 class UserError(Exception):
     """A mistake of the user's that a message can mend: it names the file or value and says what to do next."""
@@ -19,11 +21,23 @@ class DivergedError(UserError):
     status = 3
 
 
+def one_line(text: str) -> str:
+    """The text on one line: what is not printable as its escape, so that no name can steer a terminal; long ones cut.
+
+    Names in a message may come from a stranger's file.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`; a `UserError` or a fault of the file system becomes one line and exit status 2.
 
     Ctrl-C becomes one line and 130, another signal (`utils.stopping`) 128 + its number.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     status = 2
     try:
         sys.exit(main())
@@ -36,5 +50,5 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt as stop:
         print(f"{Path(sys.argv[0]).name}: interrupted; what was finished is saved", file=sys.stderr)
         sys.exit(getattr(stop, "status", 130))
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(status)

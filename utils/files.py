@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from utils.errors import UserError
 
 
 @contextmanager
@@ -30,6 +33,40 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def check_writable(folder: Path, advice: str) -> None:
+    """Raise UserError, ending in `advice`, unless `folder` can be written in or can be made. Nothing is made here."""
+    place = folder.absolute()
+    try:
+        place.exists()  # raises for a name that is too long
+        while not os.path.lexists(place):
+            place = place.parent
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; {advice}") from None
+    if not place.is_dir():
+        raise UserError(f"{folder}: {place} is not a folder; {advice}")
+    try:
+        TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); {advice}") from None
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` and those above it for a block; if the block fails, remove the empty ones among those made.
+
+    Raises what making a folder raises.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]  # the innermost first
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
+        raise
 
 
 def sync_folder(folder: str | os.PathLike) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +18,18 @@ from utils.process import is_first
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pth", "best.pth"
 
 
+def run_folder(path: Path) -> Path:
+    """The run's folder that a checkpoint's path may stand for: itself, or the one of its name without the ending."""
+    return path if path.is_dir() else path.with_suffix("")
+
+
 def find_checkpoint(given: str) -> Path:
     """The file to load: `given` itself, or of the run's folder of that name its best.pth (said on a line).
 
     A run without labels has no best epoch: its last.pth. Raises UserError for a run without a finished epoch.
     """
     path = Path(given)
-    run = path if path.is_dir() else path.with_suffix("")
+    run = run_folder(path)
     if path.is_file() or not run.is_dir():
         return path
     best, last = run / BEST, run / LAST
@@ -48,6 +54,9 @@ class RunFolder:
     def files_to_overwrite(self, overwrite: bool) -> list[Path]:
         """The files of a run that lies here already. UserError if it has checkpoints, unless `overwrite`."""
         held = [self.path / name for name in (LAST, BEST, METRICS, CONFIG) if (self.path / name).exists()]
+        for path in held:
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder, not the file of a run; choose another --model_name")
         if {self.path / LAST, self.path / BEST} & set(held) and not overwrite:
             raise UserError(f"{self.path}: holds a run already; continue it with --resume {self.path}, choose another "
                             f"--model_name, or start afresh with --overwrite")  # fmt: skip
@@ -121,6 +130,105 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); free space there or make it writable, "
                             f"then train.py --resume {self.path}") from None  # fmt: skip
+
+
+def fault_in(saved: object, images: int, args: Namespace) -> str:
+    """What keeps a training of `images` images with the options `args` from continuing from what a checkpoint holds.
+
+    "" if nothing does. The weights are not looked at.
+    """
+    if not isinstance(saved, dict):
+        return f"it holds a {type(saved).__name__}"
+    missing = {"model", "optimizer", "epoch", "rng", "metrics", "pseudo_labels"} - saved.keys()
+    if missing:
+        return f"no {', '.join(sorted(missing))} in it"
+    labels, current, data = saved["pseudo_labels"], saved.get("current"), saved.get("data")
+    if not _is_state_dict(saved["model"]):
+        return "model is no state_dict"
+    if not _is_count(saved["epoch"]):
+        return "epoch is no whole number of 0 or more"
+    if not _are_metrics(saved["metrics"]):
+        return "metrics are no rows, one an epoch"
+    if labels is not None and not _are_numbers(labels, images, args.n_cluster):
+        return f"pseudo_labels are not those of {images} training images in {args.n_cluster} clusters"
+    if data is not None and not _are_fingerprints(data):
+        return "data are no fingerprints of two halves"
+    if current is not None and not _is_epoch(current, images, images // args.batch_size):
+        return f"current is no epoch under way of {images // args.batch_size} steps over {images} images"
+    if current is not None and labels is None and args.pseudo_labels == "kmeans":
+        return "no pseudo_labels for the epoch under way"
+    return ""
+
+
+def _is_state_dict(value: object) -> bool:
+    import torch
+
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(part, torch.Tensor) for name, part in value.items()
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_numbers(value: object, count: int, below: int) -> bool:
+    """Whether it is a tensor (count,) int64 of numbers from 0 to `below` - 1."""
+    import torch
+
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    if not plain or value.dtype != torch.int64 or value.shape != (count,):
+        return False
+    return bool(((value >= 0) & (value < below)).all())
+
+
+def _are_metrics(rows: object) -> bool:
+    """Whether they are rows of metrics.jsonl with what is read of them again."""
+    if not isinstance(rows, list) or not _is_json(rows):
+        return False
+    if not all(isinstance(row, dict) and _is_count(row.get("epoch")) for row in rows):
+        return False
+    scored = [row for row in rows if "recall@1" in row]
+    kinds = (("recall@1", float), ("nmi", float), ("nmi_protocol", str))
+    return all(isinstance(row.get(name), kind) for row in scored for name, kind in kinds)
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _are_fingerprints(data: object) -> bool:
+    """Whether they are those of `datasets.Split.fingerprint` for both halves."""
+    if not isinstance(data, dict) or data.keys() != {"training", "validation"}:
+        return False
+    return all(
+        isinstance(half, dict)
+        and half.keys() == {"images", "labels"}
+        and all(isinstance(v, str) for v in half.values())
+        for half in data.values()
+    )
+
+
+def _is_epoch(current: object, images: int, steps: int) -> bool:
+    """Whether it is what train.py saves of an epoch under way."""
+    import torch
+
+    names = {"positives", "clustering", "losses", "step", "seconds"}
+    if not isinstance(current, dict) or current.keys() != names:
+        return False
+    positives, clustering, losses, seconds = (current[n] for n in ("positives", "clustering", "losses", "seconds"))
+    if positives is not None and not _are_numbers(positives, images, images):
+        return False
+    if not isinstance(losses, torch.Tensor) or (losses.dtype, losses.shape) != (torch.float64, (4,)):
+        return False
+    if not isinstance(seconds, dict) or not all(isinstance(seconds.get(n), float) for n in ("features", "train")):
+        return False
+    logged = isinstance(clustering, dict) and _is_json(clustering)
+    return logged and _is_count(current["step"]) and current["step"] <= steps
 
 
 def _torch_save(path: Path, content: dict) -> None:
