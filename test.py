@@ -26,8 +26,9 @@ from utils.arguments import (
 )
 from utils.errors import UserError, run_script
 from utils.files import check_writable
-from utils.process import is_first, share_cores
+from utils.process import share_cores
 from utils.progress import progress
+from utils.runs import run_folder
 
 if TYPE_CHECKING:  # --help does not wait for these
     from utils.distributed import Processes
@@ -99,7 +100,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     import torch
 
     from datasets import center_crops, crop_size, load_split
-    from models import check_crop_size
+    from models import check_crop_size, load_network
     from utils.devices import choose_device
     from utils.evaluation import score
     from utils.features import extract_features
@@ -109,7 +110,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     check_split(args, split)
     processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
     torch.manual_seed(args.seed)
-    model, what = load_network(args, device)
+    model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights)
     check_crop_size(model.backbone_name, crop_size(split.image_size))
     batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
     batches = progress(batches, len(split) / (args.test_batch * processes.count), "test features")
@@ -121,13 +122,14 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
         **what,
         "dataset": args.dataset,
         "images": len(split),
-        "classes": len(set(split.labels.tolist())),
+        "classes": len(set(split.labels.tolist())) if split.labelled else None,
         "image_size": split.image_size,
         "dimension": features.shape[1],
         "precision": args.precision,
         "device": device.type,
-        **score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb, full=True),
     }
+    if split.labelled:
+        result |= score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb, full=True)
     write_outputs(args, features, result)
     print_result(result)
 
@@ -152,51 +154,15 @@ def check_split(args, split) -> None:
     """A test half that can be scored, by an engine that is here, and no target that is one of its files."""
     from utils.clustering import has_faiss
 
-    if len(set(split.labels.tolist())) < 2:
+    if not split.labelled and not args.save_embeddings:
+        raise UserError(f"{split.label_path}: the images have no labels, so nothing can be scored; give "
+                        "--save_embeddings FILE.npy, or use embed.py and search.py")  # fmt: skip
+    if split.labelled and len(set(split.labels.tolist())) < 2:
         raise UserError(f"{split.path}: holds images of one class only; scores need at least two test classes")
     if args.nmi_engine == "faiss" and not has_faiss():
         raise UserError("--nmi_engine faiss: faiss cannot be imported here; install it, or use --nmi_engine torch")
     if args.save_embeddings and Path(os.path.realpath(args.save_embeddings)).parent == split.path.parent.resolve():
         raise UserError(f"{args.save_embeddings}: lies among the data set's own arrays; write to another folder")
-
-
-def load_network(args, device):
-    """The network to score and what to say of it."""
-    import torch
-
-    from models import build_model, load_checkpoint
-
-    if args.backbone:
-        model = build_model(args.backbone, weights=args.weights)
-        return model.to(device, memory_format=torch.channels_last), {
-            "features": "pooled", "backbone": args.backbone, "weights": args.weights, "checkpoint": None, "epoch": None,
-        }  # fmt: skip
-    model, info = load_checkpoint(find_checkpoint(args.checkpoint_path), device)
-    return model.to(memory_format=torch.channels_last), {
-        "features": "embedding", "backbone": info["backbone"], "weights": None, "checkpoint": info["path"],
-        "epoch": info["epoch"], "n_cluster": info["n_cluster"], "low_dim": info["low_dim"],
-    }  # fmt: skip
-
-
-def run_folder(path: Path) -> Path:
-    """The run's folder that a checkpoint's path may stand for: itself, or the one of its name without the ending."""
-    return path if path.is_dir() else path.with_suffix("")
-
-
-def find_checkpoint(given: str) -> Path:
-    """The file to load: `given` itself, or the best.pth of the run's folder of that name (said on a line)."""
-    path = Path(given)
-    run = run_folder(path)
-    if path.is_file() or not run.is_dir():
-        return path
-    best = run / "best.pth"
-    if not best.is_file():
-        raise UserError(f"{best}: no such file; {run} holds no finished epoch yet")
-    if is_first():
-        print(
-            f"{given}: taking {best}, the epoch that was best on the test half (chosen on test; last.pth is the last)"
-        )
-    return best
 
 
 def write_outputs(args, features, result: dict) -> None:
@@ -218,8 +184,11 @@ def print_result(result: dict) -> None:
     source = result["checkpoint"] or f"frozen {result['backbone']}, weights {result['weights']}"
     trained = f" after epoch {result['epoch']}" if result["epoch"] is not None else ""
     print(f"{source}{trained}: {result['backbone']}, {result['features']} of {result['dimension']} dimensions")
-    print(f"{result['dataset']}: {result['images']} test images of {result['classes']} unseen classes, "
-          f"{result['image_size']} px stored")  # fmt: skip
+    classes = "without labels" if result["classes"] is None else f"of {result['classes']} unseen classes"
+    print(f"{result['dataset']}: {result['images']} test images {classes}, {result['image_size']} px stored")
+    if result["classes"] is None:
+        print("no scores: they need labels")
+        return
     names = {**{f"R@{k}": f"recall@{k}" for k in (1, 2, 4, 8)}, "NMI": "nmi"}
     for line in (names, {"MAP@R": "map@r", "R-precision": "r_precision", "AMI": "ami"}):
         print("  ".join(f"{title} {100 * result[name]:.2f}" for title, name in line.items()))

@@ -266,7 +266,7 @@ def train(job: Job) -> None:
     if args.n_epoch == 0 and not state.rows:
         with job.stop.at_once():
             scores = evaluate(job)
-        end_epoch(job, {"epoch": 0, **scores, "best": True})
+        end_epoch(job, {"epoch": 0, **scores, "best": bool(scores)})
     while state.epoch < args.n_epoch:
         if state.current is None:
             state.current = begin_epoch(job)
@@ -276,7 +276,8 @@ def train(job: Job) -> None:
         if row["epoch"] % args.interval == 0 or row["epoch"] == args.n_epoch:
             with job.stop.at_once():
                 row |= evaluate(job)
-            row["best"] = row["recall@1"] > max((r["recall@1"] for r in state.rows if "recall@1" in r), default=-1.0)
+            best = max((r["recall@1"] for r in state.rows if "recall@1" in r), default=-1.0)
+            row["best"] = row.get("recall@1", -1.0) > best
         row["seconds"] = {**state.current.seconds, "evaluate": time.perf_counter() - started}
         row["seconds"]["epoch"] = sum(row["seconds"].values())
         row["images_per_second"] = 2 * state.current.step * args.batch_size / row["seconds"]["train"]
@@ -396,10 +397,10 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     if processes.first:
         run.begin(config, job.state.rows, stale)  # not before the new run is sure to start
         start_log(args, run.path)
-    log.info("%s: %d training images, %d test images of %d classes, %d px; %s on %s in %s%s; run folder %s",
-             args.dataset, len(training), len(validation), len(set(validation.labels.tolist())), training.image_size,
-             args.backbone, device, args.precision,
-             f", {processes.count} processes" if processes.count > 1 else "", run.path)  # fmt: skip
+    classes = f"of {len(set(validation.labels.tolist()))} classes" if validation.labelled else "without labels"
+    log.info("%s: %d training images, %d test images %s, %d px; %s on %s in %s%s; run folder %s",
+             args.dataset, len(training), len(validation), classes, training.image_size, args.backbone, device,
+             args.precision, f", {processes.count} processes" if processes.count > 1 else "", run.path)  # fmt: skip
     if args.precision == "bf16" and bf16_is_slow(device):
         log.info("this processor has no bfloat16 instructions: --precision bf16 is slower here than fp32")
     if args.resume:
@@ -433,7 +434,7 @@ def check_sizes(args: argparse.Namespace, training, validation, processes: int) 
         raise UserError(
             "--kmeans_engine faiss: faiss cannot be imported here; install it, or use --kmeans_engine torch"
         )
-    if len(set(validation.labels.tolist())) < 2:
+    if validation.labelled and len(set(validation.labels.tolist())) < 2:
         raise UserError(f"{validation.path}: holds images of one class only; scores need at least two test classes")
     if args.batch_size > count:
         raise UserError(
@@ -633,9 +634,11 @@ def mean_losses(epoch: EpochUnderWay) -> dict[str, float]:
 
 
 def evaluate(job: Job) -> dict:
-    """R@1/2/4/8 and NMI of the test half, by its embeddings (paper section 4)."""
+    """R@1/2/4/8 and NMI of the test half, by its embeddings (paper section 4); nothing where it has no labels."""
     from utils.evaluation import score
 
+    if not job.validation.labelled:
+        return {}
     _, embeddings = features(job, job.validation, "test features")
     return by_first(
         job, lambda: score(embeddings.to(job.device), job.validation.labels, memory_mb=job.args.eval_memory_mb)
@@ -704,6 +707,8 @@ def print_epoch(row: dict) -> None:
     if "recall@1" in row:
         parts.append(" ".join(f"R@{k} {100 * row[f'recall@{k}']:.2f}" for k in (1, 2, 4, 8)))
         parts.append(f"NMI {100 * row['nmi']:.2f}{' *' if row.get('best') else ''}")
+    elif "best" in row:
+        parts.append("no scores: they need labels")
     if "seconds" in row:
         parts.append(f"{row['seconds']['epoch']:.1f} s, {row['images_per_second']:.1f} images/s")
     log.info("  ".join(parts))
@@ -713,6 +718,8 @@ def print_summary(rows: list[dict], run: Path) -> None:
     """The last epoch and the best one, the latter marked as chosen on test."""
     scored = [row for row in rows if "recall@1" in row]
     if not scored:
+        if rows and "best" in rows[-1]:
+            log.info("last epoch (%d), not scored for want of labels: %s", rows[-1]["epoch"], run / LAST)
         return
     best = max(scored, key=lambda row: row["recall@1"])  # the first of equals
     log.info("NMI by %s", scored[-1]["nmi_protocol"])

@@ -17,6 +17,7 @@ from utils.errors import UserError
 SMALLEST_IMAGE_SIZE = 8  # px, of pre-processing too
 SCRIPTS = ("cub200", "car196", "glyphs")  # with a pre_process script each
 HASH_BLOCK = 16 << 20  # bytes
+UNLABELLED = -1  # the label of every image of a data set without labels
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Split:
     def image_size(self) -> int:
         """Side S of the stored images, in pixels."""
         return self.images.shape[1]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes are known; without them training works and nothing can be scored."""
+        return bool(self.labels[0] != UNLABELLED)
 
     @property
     def label_path(self) -> Path:
@@ -96,6 +102,8 @@ def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size
         )
     if len(labels) != len(images):
         raise UserError(f"{path}: {len(images)} images but {len(labels)} labels; pre-process again")
+    if len(labels) and len(np.unique(labels == UNLABELLED)) > 1:
+        raise UserError(f"{folder / f'{stem}_label.npy'}: -1 (no label) beside labels; give all images one, or none")
     if len(images) < 2:
         raise UserError(f"{path}: holds {len(images)} images; at least 2 are needed; pre-process again")
     return Split(images, labels.astype(np.int64), path, _stamp(path))
@@ -128,7 +136,10 @@ def _only_size(folder: Path, dataset: str, split: str) -> int:
 def _how_to_make(dataset: str) -> str:
     if dataset in SCRIPTS:
         return f"make it with python pre_process/pre_process_{dataset}.py (see the README, Preprocessing)"
-    return f"data sets with a script in pre_process/ are {', '.join(SCRIPTS)}; arrays of others must be put there"
+    return (
+        f"make it of a folder of images with python pre_process/pre_process_folder.py --images DIR --name {dataset} "
+        f"(data sets with a script of their own: {', '.join(SCRIPTS)})"
+    )
 
 
 def _open_array(path: Path, dataset: str) -> np.ndarray:

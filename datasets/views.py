@@ -144,6 +144,14 @@ def gather_views(images: Tensor, views: Views) -> Tensor:
     return images[tuple(torch.from_numpy(part).to(images.device, non_blocking=True) for part in where)]
 
 
+def center_crop(images: np.ndarray) -> np.ndarray:
+    """The centre of stored images: uint8 (N, S, S, 3) -> (N, crop, crop, 3), contiguous."""
+    crop = crop_size(images.shape[1])
+    start = (images.shape[1] - crop) // 2
+    inner = slice(start, start + crop)
+    return np.ascontiguousarray(images[:, inner, inner])
+
+
 def center_crops(
     images: np.ndarray,
     batch_size: int,
@@ -156,12 +164,9 @@ def center_crops(
     check: called before and after the images of a batch are read; may raise.
     share: (r, n) gives every n-th batch only, beginning with number r (those of one of n processes).
     """
-    crop = crop_size(images.shape[1])
-    start = (images.shape[1] - crop) // 2
-    inner = slice(start, start + crop)
 
     def batch(first: int) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(images[first : first + batch_size, inner, inner]))
+        return torch.from_numpy(center_crop(images[first : first + batch_size]))
 
     part, parts = share
     yield from _ahead(batch, range(part * batch_size, len(images), parts * batch_size), workers, check)

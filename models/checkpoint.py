@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from models.backbones import BACKBONES
-from models.cbswr import CBSwR
+from models.cbswr import CBSwR, build_model
 from models.weights import check_tensors, read_torch_file
 from utils.errors import UserError
+from utils.runs import find_checkpoint
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[CBSwR, dict]:
@@ -20,7 +22,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 
     Backbone, K and embedding size are read from the file: {"model": state_dict, "epoch": int, ...} with the published
     names; a bare state_dict is taken too. info: `path`, `epoch` (None if unknown), `backbone`, `n_cluster`, `low_dim`,
-    and `config` (the options of the run; {} for the authors' files).
+    `config` (the options of the run; {} for the authors' files) and `image_size` (the side of the stored images that it
+    was trained on, in pixels; None if unknown).
     Raises UserError naming the file when it is no such checkpoint.
     """
     content = read_torch_file(path, "cpu")
@@ -44,8 +47,39 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         "n_cluster": n_cluster,
         "low_dim": low_dim,
         "config": config,
+        "image_size": _stored_size(content),
     }
     return model.to(device).eval(), info
+
+
+def load_network(
+    device: str | torch.device, checkpoint: str | None, backbone: str | None = None, weights: str | None = None
+) -> tuple[CBSwR, dict]:
+    """The network to embed images with, channels last on `device`, and what to say of it.
+
+    checkpoint: a file, or a run's folder (see `find_checkpoint`), for its embedding; or else a frozen backbone and its
+    weights (see `build_model`), for its pooled features. Raises UserError where they cannot be had.
+    """
+    if checkpoint is None:
+        model = build_model(backbone, weights=weights)
+        return model.to(device, memory_format=torch.channels_last), {
+            "features": "pooled", "backbone": backbone, "weights": weights, "checkpoint": None, "epoch": None,
+        }  # fmt: skip
+    model, info = load_checkpoint(find_checkpoint(checkpoint), device)
+    return model.to(memory_format=torch.channels_last), {
+        "features": "embedding", "backbone": info["backbone"], "weights": None, "checkpoint": info["path"],
+        "epoch": info["epoch"], "n_cluster": info["n_cluster"], "low_dim": info["low_dim"],
+        "image_size": info["image_size"],
+    }  # fmt: skip
+
+
+def _stored_size(content: dict) -> int | None:
+    """The side of the training images, from the fingerprint that train.py keeps: "uint8 (N, S, S, 3) sha256 ..."."""
+    try:
+        found = re.match(r"uint8 \(\d+, (\d+), \1, 3\) ", content["data"]["training"]["images"])
+    except (KeyError, TypeError):
+        return None
+    return int(found.group(1)) if found else None
 
 
 def _describe(state: dict[str, Tensor], named: object, path: str | os.PathLike) -> tuple[int, int, str]:

@@ -6,6 +6,7 @@ The order of this file is the order of a run: options, raw files, splits, one im
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import shutil
 import signal
@@ -34,6 +35,7 @@ from utils.files import check_writable, made_folder, written_whole
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # none of these starts another program
 ROWS_PER_TASK = 16  # small: the last worker is never busy for long, and Ctrl-C waits for one task at most
 SMALLEST_IMAGE_SIZE, LARGEST_IMAGE_SIZE = 8, 4096
+FIRST_UNREADABLE = 3  # unreadable images that an error names
 
 MakeRow = Callable[[Any, int], np.ndarray]
 
@@ -164,14 +166,18 @@ class Split(NamedTuple):
     name: str  # "training" or "validation"
     sources: Sequence[Any]
     labels: Sequence[int]
+    paths: Sequence[str] = ()  # of the image files, written beside the arrays; none: no such list
+    classes: Sequence[str] = ()  # the names of the classes, class 1 first, for that list
 
 
-def halves_by_class(sources: Sequence[Any], labels: Sequence[int], n_classes: int, listed_in: Path) -> list[Split]:
-    """The zero-shot split: the first half of the classes trains, the second is never seen. Order is kept.
+def halves_by_class(
+    sources: Sequence[Any], labels: Sequence[int], n_classes: int, listed_in: Path, n_training: int | None = None
+) -> list[Split]:
+    """The zero-shot split: the first classes train (`n_training`, or half of them), the others are never seen.
 
-    Raises `UserError` naming `listed_in` when a half has no image.
+    Order is kept. Raises `UserError` naming `listed_in` when a half has no image.
     """
-    half = n_classes // 2
+    half = n_classes // 2 if n_training is None else n_training
     splits = []
     for name, first, last in (("training", 1, half), ("validation", half + 1, n_classes)):
         rows = [row for row, label in enumerate(labels) if first <= label <= last]
@@ -186,26 +192,44 @@ def halves_by_class(sources: Sequence[Any], labels: Sequence[int], n_classes: in
 # -------------------------------------------------------------------------------------------------- one image
 
 
+class UnreadableError(ValueError):
+    """An image file that cannot be read whole; the text says why, without the file's name."""
+
+
 def read_image(path: Path, image_size: int) -> np.ndarray:
+    """`decode_image` of a file from an archive. Raises `UserError` for what cannot be read whole."""
+    try:
+        return decode_image(path, image_size)
+    except UnreadableError as error:
+        raise UserError(f"{path}: {error}; unpack it again from the archive") from None
+
+
+def decode_image(path: Path | str, image_size: int) -> np.ndarray:
     """Read an image, squash all of it to a square with Lanczos.
 
     The first frame as it is stored: neither turned by its EXIF data nor cropped nor composed on a background.
 
-    Returns: uint8 RGB, shape (image_size, image_size, 3). Raises `UserError` for what cannot be read whole, and for
-    more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Returns: uint8 RGB, shape (image_size, image_size, 3). Raises `UnreadableError` for what cannot be read whole, and
+    for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
+    return np.asarray(open_rgb(path).resize((image_size, image_size), Image.Resampling.LANCZOS))
+
+
+def open_rgb(path: Path | str) -> Image.Image:
+    """An image file in RGB, at its own size; raises as `decode_image`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=IMAGE_FORMATS) as image:
-                square = as_rgb(image).resize((image_size, image_size), Image.Resampling.LANCZOS)
+                pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+                if limit and pixels > limit:  # Pillow itself refuses twice as many, and warns of these
+                    raise ValueError(f"its size of {pixels} pixels exceeds limit of {limit}: decompression bomb?")
+                return as_rgb(image)
     except Image.UnidentifiedImageError:
-        raise UserError(f"{path}: is not an image; unpack it again from the archive") from None
+        raise UnreadableError("is not an image") from None
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({what}); unpack it again from the archive") from None
-    return np.asarray(square)
+        raise UnreadableError(f"cannot be read as an image ({what})") from None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -234,41 +258,89 @@ class Task(NamedTuple):
     image_size: int
 
 
+class Unreadable(NamedTuple):
+    """A row that could not be made: which of its task or split, from what, and why."""
+
+    row: int
+    source: Any
+    reason: str
+
+
 def write_splits(
-    dataset: str, splits: Sequence[Split], out_dir: Path, *, image_size: int, make_row: MakeRow, workers: int
-) -> None:
+    dataset: str,
+    splits: Sequence[Split],
+    out_dir: Path,
+    *,
+    image_size: int,
+    make_row: MakeRow,
+    workers: int,
+    skip_bad: bool = False,
+) -> list[Unreadable]:
     """Write `<split>_<dataset>_<size>resized_img.npy` and `..._label.npy` of every split, and print a line for each.
 
-    Images are uint8 (N, image_size, image_size, 3), labels int64 (N,). All files appear together once all are complete
-    and on the disk; until then older ones stay, and a failure or a signal leaves nothing of this run behind, not even
-    a new folder. Pixels go straight from the process that makes them to their place in the file: no process ever holds
-    more than one row.
+    Images are uint8 (N, image_size, image_size, 3), labels int64 (N,). A split that knows its paths gets
+    `..._paths.csv` as well, with the columns path and class, in the order of the rows. All files appear together once
+    all are complete and on the disk; until then older ones stay, and a failure or a signal leaves nothing of this run
+    behind, not even a new folder. Pixels go straight from the process that makes them to their place in the file: no
+    process ever holds more than one row.
 
     Args:
         make_row: `(source, image_size) -> uint8 (image_size, image_size, 3)`; a module's function (it is sent by name).
         workers: processes; the result does not depend on it. With 1 everything happens in this process.
+        skip_bad: leave out the rows for which `make_row` raises `UnreadableError`, and list them in
+            `<dataset>_<size>resized_unreadable.csv` (columns path and reason); else the first few of them are an error.
 
-    Raises `UserError`: an unwritable folder, a full disk, a worker that died, and what `make_row` raises.
+    Returns the rows that were left out. Raises `UserError`: an unwritable folder, a full disk, a worker that died,
+    unreadable images, and what `make_row` raises.
     """
     check_writable(out_dir, "choose another --out_dir")
-    lines = []
+    lines, left_out = [], []
     with ExitStack() as files:
         files.enter_context(made_folder(out_dir))
         check_space(out_dir, sum(len(split.labels) for split in splits) * (image_size**2 * 3 + 8))
         warn_of_leftovers(out_dir, dataset)
+
+        def beside(name: str) -> tuple[Path, Path]:
+            return out_dir / name, files.enter_context(written_whole(out_dir / name))
+
         with worker_pool(workers, out_dir) as map_in_order:
             for split in splits:
                 started = time.perf_counter()
                 stem = f"{split.name}_{dataset}_{image_size}resized"
-                labels, images = out_dir / f"{stem}_label.npy", out_dir / f"{stem}_img.npy"
-                write_labels(labels, files.enter_context(written_whole(labels)), split.labels)
-                write_images(
-                    images, files.enter_context(written_whole(images)), split, image_size, make_row, map_in_order
-                )
+                images, images_beside = beside(f"{stem}_img.npy")
+                bad = write_images(images, images_beside, split, image_size, make_row, map_in_order, skip_bad)
+                left_out += bad
+                split = without_rows(split, {row for row, _, _ in bad})
+                write_labels(*beside(f"{stem}_label.npy"), split.labels)
+                if split.paths:
+                    write_table(*beside(f"{stem}_paths.csv"), ("path", "class"), path_rows(split))
                 lines.append(summary(images, split, image_size, time.perf_counter() - started))
+        if skip_bad:
+            table = ((bad.source, bad.reason) for bad in left_out)
+            write_table(*beside(f"{dataset}_{image_size}resized_unreadable.csv"), ("path", "reason"), table)
         with signals_deferred():  # all files are complete and flushed: rename every one or none
             files.close()
     print("\n".join(lines))
+    return left_out
+
+
+def without_rows(split: Split, rows: set[int]) -> Split:
+    """A split without some of its rows; `UserError` where fewer than two are left."""
+    kept = [row for row in range(len(split.sources)) if row not in rows]
+    if rows and len(kept) < 2:
+        raise UserError(
+            f"{split.sources[min(rows)]}: {len(kept)} images of the {split.name} half are readable; 2 are needed"
+        )
+    picked = (
+        [values[row] for row in kept] if values else values for values in (split.sources, split.labels, split.paths)
+    )
+    return Split(split.name, *picked, split.classes)
+
+
+def path_rows(split: Split) -> Iterator[tuple[str, str]]:
+    """Path and name of the class (empty where it is not known) of every row."""
+    for path, label in zip(split.paths, split.labels, strict=True):
+        yield path, split.classes[label - 1] if label > 0 else ""
 
 
 def summary(images: Path, split: Split, image_size: int, seconds: float) -> str:
@@ -285,15 +357,31 @@ def write_labels(file: Path, beside: Path, labels: Sequence[int]) -> None:
         flush(out)
 
 
+def write_table(file: Path, beside: Path, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Save a CSV file at `beside`, flushed; a file name that is no UTF-8 keeps its bytes."""
+    with writing(file), open(beside, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows(rows)
+        flush(out)
+
+
 def write_images(
-    file: Path, beside: Path, split: Split, image_size: int, make_row: MakeRow, map_in_order: Callable
-) -> None:
-    """Fill `beside` with the uint8 (N, image_size, image_size, 3) array of a split, flushed, with a progress bar."""
+    file: Path,
+    beside: Path,
+    split: Split,
+    image_size: int,
+    make_row: MakeRow,
+    map_in_order: Callable,
+    skip_bad: bool = False,
+) -> list[Unreadable]:
+    """Fill `beside` with the uint8 (N, image_size, image_size, 3) array of a split, flushed, with a progress bar.
+
+    Returns the rows that are unreadable, with `skip_bad`: the array is without them. Raises `UserError` without it.
+    """
     n = len(split.sources)
     with writing(file), open(beside, "wb") as out:
-        shape = (n, image_size, image_size, 3)
-        np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        start = out.tell()
+        start = write_header(out, n, image_size)
     tasks = (
         Task(
             file,
@@ -305,26 +393,68 @@ def write_images(
         )
         for first in range(0, n, ROWS_PER_TASK)
     )
+    bad: list[Unreadable] = []
     # disable=None: no bar where stderr is not a terminal
     with tqdm(total=n, desc=split.name, unit=" images", leave=False, disable=None) as bar:
-        for rows in map_in_order(write_rows, tasks):
-            bar.update(rows)
+        for number, found in enumerate(map_in_order(write_rows, tasks)):
+            first = number * ROWS_PER_TASK
+            bad += [Unreadable(first + row, source, reason) for row, source, reason in found]
+            if len(bad) >= FIRST_UNREADABLE and not skip_bad:
+                break
+            bar.update(min(ROWS_PER_TASK, n - first))
+    if bad and not skip_bad:
+        named = ", ".join(f"{source} ({reason})" for _, source, reason in bad[:FIRST_UNREADABLE])
+        raise UserError(
+            f"unreadable, perhaps among others: {named}; mend or remove them, or leave such images out with --skip_bad"
+        )
     with writing(file), open(beside, "rb+") as out:
+        drop_rows(out, start, n, image_size, [row for row, _, _ in bad])
         flush(out)
+    return bad
 
 
-def write_rows(task: Task) -> int:
-    """Make the rows of a task and write each at its place; the number of rows. Plain writes: a full disk is an error
-    here, where a memory map would end the process, and memory does not grow with the file.
+def write_header(out: Any, n: int, image_size: int) -> int:
+    """Write the header of the .npy file of n images; its length, which is the same for every n."""
+    shape = (n, image_size, image_size, 3)
+    np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return out.tell()
+
+
+def drop_rows(out: Any, start: int, n: int, image_size: int, rows: Sequence[int]) -> None:
+    """Take some of the n rows (ascending) out of the open .npy file, whose first row is at `start`."""
+    if not rows:
+        return
+    size = image_size**2 * 3
+    for gone, (row, following) in enumerate(zip(rows, (*rows[1:], n), strict=True), 1):
+        for moved in range(row + 1, following):
+            out.seek(start + moved * size)
+            pixels = out.read(size)
+            out.seek(start + (moved - gone) * size)
+            out.write(pixels)
+    out.truncate(start + (n - len(rows)) * size)
+    out.seek(0)
+    write_header(out, n - len(rows), image_size)
+
+
+def write_rows(task: Task) -> list[Unreadable]:
+    """Make the rows of a task and write each at its place; those that are unreadable, by number in the task.
+
+    Plain writes: a full disk is an error here, where a memory map would end the process, and memory does not grow with
+    the file.
     """
+    bad = []
     with writing(task.file), open(task.beside, "rb+") as out:
-        out.seek(task.offset)
-        for source in task.sources:
-            row = task.make_row(source, task.image_size)
+        for number, source in enumerate(task.sources):
+            try:
+                row = task.make_row(source, task.image_size)
+            except UnreadableError as error:
+                bad.append(Unreadable(number, source, str(error)))
+                continue
             if row.shape != (task.image_size, task.image_size, 3) or row.dtype != np.uint8:
                 raise ValueError(f"a row of shape {row.shape} and type {row.dtype} was made from {source!r}")
+            out.seek(task.offset + number * row.nbytes)
             out.write(row.tobytes())
-    return len(task.sources)
+    return bad
 
 
 @contextmanager

@@ -13,8 +13,35 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.files import sync_folder, written_whole
+from utils.process import is_first
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pth", "best.pth"
+
+
+def run_folder(path: Path) -> Path:
+    """The run's folder that a checkpoint's path may stand for: itself, or the one of its name without the ending."""
+    return path if path.is_dir() else path.with_suffix("")
+
+
+def find_checkpoint(given: str) -> Path:
+    """The file to load: `given` itself, or of the run's folder of that name its best.pth (said on a line).
+
+    A run without labels has no best epoch: its last.pth. Raises UserError for a run without a finished epoch.
+    """
+    path = Path(given)
+    run = run_folder(path)
+    if path.is_file() or not run.is_dir():
+        return path
+    best, last = run / BEST, run / LAST
+    if best.is_file():
+        said = f"taking {best}, the epoch that was best on the test half (chosen on test; {LAST} is the last)"
+    elif last.is_file():
+        said = f"taking {last}, no epoch of this run was scored"
+    else:
+        raise UserError(f"{best}: no such file; {run} holds no finished epoch yet")
+    if is_first():
+        print(f"{given}: {said}")
+    return best if best.is_file() else last
 
 
 class RunFolder:

@@ -197,7 +197,7 @@ def nearest_neighbors(
             nearest = _nearest(left, rows, _Nearest(asked, base, memory_mb), queries is None)
             return nearest.distances.float()[:, None], nearest.indices[:, None]
         indices = _top_rows(left, rows, k, (len(asked), len(base)), queries is None, memory_mb)
-        return _in_order(asked, base, indices, memory_mb)
+        return in_order(asked, base, indices, memory_mb)
 
 
 def _nearest(left: _Rows, rows: _Rows, nearest: _Nearest, own: bool) -> _Nearest:
@@ -240,13 +240,18 @@ def _top_rows(left: _Rows, rows: _Rows, k: int, counts: tuple[int, int], own: bo
     return torch.cat(parts)
 
 
-def _in_order(asked: Tensor, base: Tensor, indices: Tensor, memory_mb: float) -> tuple[Tensor, Tensor]:
-    """True distances (Q, k) float32 of the rows found, and the rows, by distance and then by index."""
-    indices = indices.sort(1).values
+def in_order(asked: Tensor, base: Tensor, indices: Tensor, memory_mb: float) -> tuple[Tensor, Tensor]:
+    """True squared distances (Q, k) float32 of the rows found, and the rows, by distance and then by index.
+
+    A row of -1 stands for none: it comes last, at an infinite distance.
+    """
+    indices = torch.where(indices < 0, len(base), indices).sort(1).values
     queries = torch.arange(len(indices), device=indices.device).repeat_interleave(indices.shape[1])
-    distances = squared_distances(asked, base, (queries, indices.flatten()), memory_mb / 4).view(indices.shape)
-    distances, order = distances.sort(dim=1, stable=True)
-    return distances.float(), indices.gather(1, order)
+    pairs = (queries, indices.flatten().clamp(max=len(base) - 1))
+    distances = squared_distances(asked, base, pairs, memory_mb / 4).view(indices.shape)
+    distances, order = distances.masked_fill_(indices == len(base), torch.inf).sort(dim=1, stable=True)
+    indices = indices.gather(1, order)
+    return distances.float(), indices.masked_fill(indices == len(base), -1)
 
 
 def _hide_own(scores: Tensor, offset: int) -> None:
