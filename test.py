@@ -129,7 +129,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
         "device": device.type,
     }
     if split.labelled:
-        result |= score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb)
+        result |= score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb, full=True)
     write_outputs(args, features, result)
     print_result(result)
 
@@ -189,9 +189,9 @@ def print_result(result: dict) -> None:
     if result["classes"] is None:
         print("no scores: they need labels")
         return
-    print(
-        "  ".join(f"R@{k} {100 * result[f'recall@{k}']:.2f}" for k in (1, 2, 4, 8)), f" NMI {100 * result['nmi']:.2f}"
-    )
+    names = {**{f"R@{k}": f"recall@{k}" for k in (1, 2, 4, 8)}, "NMI": "nmi"}
+    for line in (names, {"MAP@R": "map@r", "R-precision": "r_precision", "AMI": "ami"}):
+        print("  ".join(f"{title} {100 * result[name]:.2f}" for title, name in line.items()))
     print(f"NMI by {result['nmi_protocol']}")
 
 

@@ -152,7 +152,7 @@ def test_one_process_is_asked_to_stop_and_all_do(data, tmp_path, forks, one, two
 
 
 def test_a_stop_while_the_first_process_scores(data, tmp_path, forks, two):
-    scoring = "import utils.evaluation as e; e.score = lambda *a: os.kill(os.getpid(), signal.SIGINT)"
+    scoring = "import utils.evaluation as e; e.score = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)"
     result = forks.run(*options(data, tmp_path, **SETTINGS), before=on(0, scoring), processes=2)
     assert result.code == 130
     assert "stopped by SIGINT after epoch 0, step 4 of epoch 1; all is saved" in result.out

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from utils.metrics import clustering_nmi, nmi, recall_at_k
+from utils.metrics import clustering_nmi, clustering_scores, nmi, precision_at_r, recall_at_k
 
 
 def literal_recall(embeddings: Tensor, labels: Tensor, ks: tuple[int, ...]) -> dict[int, float]:
@@ -114,3 +114,55 @@ def test_clustering_nmi_of_separate_blobs_is_one() -> None:
 def test_clustering_nmi_needs_as_many_distinct_rows_as_classes() -> None:
     with pytest.raises(ValueError, match="only 1 of the 6 rows are distinct"):
         clustering_nmi(np.ones((6, 2)), [0, 0, 1, 1, 2, 2])
+
+
+def literal_precision_at_r(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    """Query by query, from the definitions."""
+    distances = (embeddings.double()[:, None] - embeddings.double()[None]).square().sum(2).fill_diagonal_(torch.inf)
+    precisions, averages = [], []
+    for query, row in enumerate(distances):
+        wanted = int((labels == labels[query]).sum()) - 1
+        if wanted:
+            hits = (labels[row.argsort(stable=True)[:wanted]] == labels[query]).tolist()
+            precisions.append(sum(hits) / wanted)
+            averages.append(sum(sum(hits[: i + 1]) / (i + 1) for i in range(wanted) if hits[i]) / wanted)
+    return {"r_precision": float(np.mean(precisions)), "map@r": float(np.mean(averages))}
+
+
+@given(st.integers(3, 90), st.integers(2, 5), st.integers(1, 30), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_precision_at_r_is_the_literal_one(count: int, columns: int, classes: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(count, columns, generator=generator)
+    labels = torch.randint(classes, (count,), generator=generator)
+    labels[1] = labels[0]  # at least one query
+    assert precision_at_r(embeddings, labels) == pytest.approx(literal_precision_at_r(embeddings, labels))
+
+
+def test_scores_are_those_of_pytorch_metric_learning() -> None:
+    pytest.importorskip("faiss")
+    accuracy_calculator = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.cat([torch.randint(12, (300,), generator=generator), torch.tensor([50, 51])])  # two are alone
+    embeddings = torch.randn(302, 8, generator=generator) + 0.3 * labels[:, None]
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    calculator = accuracy_calculator.AccuracyCalculator(include=names, device=torch.device("cpu"))
+    theirs = calculator.get_accuracy(embeddings, labels)
+    ours = precision_at_r(embeddings, labels)
+    assert ours["r_precision"] == pytest.approx(theirs["r_precision"])
+    assert ours["map@r"] == pytest.approx(theirs["mean_average_precision_at_r"])
+    # theirs leaves images that are alone in their class out of R@1, the field's definition counts them as missed
+    assert recall_at_k(embeddings, labels, [1])[1] == pytest.approx(theirs["precision_at_1"] * 300 / 302)
+
+
+def test_precision_at_r_needs_a_pair() -> None:
+    with pytest.raises(ValueError, match="alone"):
+        precision_at_r(torch.eye(3), [0, 1, 2])
+
+
+def test_ami() -> None:
+    rows = np.random.default_rng(0).standard_normal((200, 4))
+    chance = clustering_scores(rows, np.arange(200) % 40, adjusted=True)
+    assert chance["nmi"] > 0.4 and abs(chance["ami"]) < 0.15
+    blobs = np.repeat(np.eye(5), 20, axis=0) * 9 + 0.01 * rows[:100, :1]
+    assert clustering_scores(blobs, np.repeat(range(5), 20), adjusted=True) == {"nmi": 1.0, "ami": pytest.approx(1.0)}

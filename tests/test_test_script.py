@@ -17,6 +17,7 @@ from synthetic import shapes, write_dataset, write_split
 import train
 from datasets import load_split
 from models import build_model, load_checkpoint
+from utils.metrics import precision_at_r
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,6 +77,11 @@ def test_scores_are_those_of_the_saved_embeddings(execute, run, data, tmp_path):
     assert 0.05 < scores["recall@1"] < scores["recall@4"] < 0.99
     assert 0 < scores["nmi"] < 1 and f"NMI {100 * scores['nmi']:.2f}" in out
     assert scores["nmi_protocol"] in out
+    more = {name: scores.pop(name) for name in ("map@r", "r_precision", "ami")}
+    expected = precision_at_r(embeddings, labels)
+    assert {name: more[name] for name in expected} == pytest.approx(expected) and more["ami"] < scores["nmi"]
+    line = f"MAP@R {100 * more['map@r']:.2f}  R-precision {100 * more['r_precision']:.2f}  AMI {100 * more['ami']:.2f}"
+    assert line in out.splitlines()
     assert {key: value for key, value in scores.items() if not key.startswith(("recall@", "nmi"))} == {
         "features": "embedding", "backbone": "resnet_small", "weights": None, "checkpoint": str(run / "last.pth"),
         "epoch": 2, "n_cluster": 5, "low_dim": 12, "dataset": "tiny", "images": 30, "classes": 4, "image_size": 32,
@@ -231,4 +237,4 @@ def test_the_command_line(run, data, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert len(lines) == 5 and lines[3].startswith("R@1 ") and lines[4].startswith("NMI by 4 clusters, ")
+    assert len(lines) == 6 and lines[3].startswith("R@1 ") and lines[5].startswith("NMI by 4 clusters, ")

@@ -13,8 +13,17 @@ NMI_RESTARTS, NMI_ITERATIONS = 10, 300  # scikit-learn's defaults, which the rel
 EVAL_MEMORY_MB = 512
 
 
-def score(embeddings: Tensor, labels, seed: int = 0, engine: str = "auto", memory_mb: float = EVAL_MEMORY_MB) -> dict:
+def score(
+    embeddings: Tensor,
+    labels,
+    seed: int = 0,
+    engine: str = "auto",
+    memory_mb: float = EVAL_MEMORY_MB,
+    full: bool = False,
+) -> dict:
     """R@1/2/4/8 and NMI, shares in [0, 1], of embeddings (N, D) with labels (N,): {"recall@1": .., "nmi": ..}.
+
+    `full` adds "map@r", "r_precision" (`metrics.precision_at_r`) and "ami", which take longer.
 
     "nmi_protocol" says how the clusters were found, by which `engine` of `clustering.kmeans`: the figure depends on it.
     memory_mb bounds what the search for neighbours takes beside the embeddings, in MiB; no score depends on it.
@@ -27,13 +36,13 @@ def score(embeddings: Tensor, labels, seed: int = 0, engine: str = "auto", memor
     if engine == "auto":
         engine = clustering.pick_engine(len(embeddings), embeddings.shape[1], classes, embeddings.device)
     try:
-        nmi = metrics.clustering_nmi(
-            embeddings, labels, seed=seed, n_init=NMI_RESTARTS, max_iter=NMI_ITERATIONS, engine=engine
-        )
+        found = metrics.clustering_scores(embeddings, labels, seed, NMI_RESTARTS, NMI_ITERATIONS, engine, adjusted=full)
+        if full:
+            found |= metrics.precision_at_r(embeddings, labels, memory_mb=memory_mb)
     except ValueError as error:
         raise UserError(f"cannot score the embeddings of {len(embeddings)} images: {error}") from None
     return {
         **{f"recall@{k}": share for k, share in recall.items()},
-        "nmi": nmi,
+        **found,
         "nmi_protocol": f"{classes} clusters, {clustering.protocol(NMI_RESTARTS, NMI_ITERATIONS, engine)}, seed {seed}",
     }

@@ -1,4 +1,4 @@
-"""Retrieval and clustering metrics of an embedding: Recall@K and NMI (the paper, section 4.1)."""
+"""Retrieval and clustering metrics of an embedding: Recall@K, NMI (the paper, section 4.1), MAP@R, R-precision, AMI."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.clustering import kmeans
-from utils.search import as_matrix, first_hit_ranks
+from utils.search import as_matrix, first_hit_ranks, nearest_neighbors
 
 
 def _as_labels(labels: Tensor | np.ndarray | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
@@ -58,6 +58,36 @@ def recall_at_k(
     return {int(k): hits[min(k, limit) - 1] / len(matrix) for k in ks}
 
 
+def precision_at_r(
+    embeddings: Tensor | np.ndarray, labels: Tensor | np.ndarray | Sequence[int], *, memory_mb: float = 512
+) -> dict[str, float]:
+    """R-precision and MAP@R: of the R nearest other images those of the query's class, R being all that could be.
+
+    embeddings (N, D) and labels (N,) as for `recall_at_k`; of images whose distances float32 cannot tell apart any may
+    count as the R-th. For a query with R other images
+    of its class, R-precision is the share of its class among the R nearest; MAP@R is 1/R times the sum of the precision
+    at i over those i <= R whose i-th nearest is of the class, so that it asks for the right order as well (Musgrave,
+    Belongie and Lim, "A metric learning reality check", 2020). Both are means over the queries with R >= 1: an image
+    that is alone in its class is no query.
+    Returns {"r_precision": .., "map@r": ..}, shares in [0, 1]; memory: N times the largest R indices and distances, and
+    what `recall_at_k` takes. Raises ValueError as `recall_at_k`, and where every image is alone in its class.
+    """
+    matrix, numbered = _checked(embeddings, labels)
+    wanted = torch.bincount(numbered)[numbered] - 1  # R of each query, (N,)
+    most = int(wanted.max())
+    if most < 1:
+        raise ValueError("every image is alone in its class: there is nothing to find")
+    _, found = nearest_neighbors(matrix, most, memory_mb=memory_mb)
+    place = torch.arange(1, most + 1, device=matrix.device)
+    hits = (numbered[found] == numbered[:, None]) & (place <= wanted[:, None])  # (N, R)
+    hits, wanted = hits[wanted > 0], wanted[wanted > 0].double()
+    precision = hits.cumsum(1).double() / place
+    return {
+        "r_precision": float((hits.sum(1) / wanted).mean()),
+        "map@r": float(((precision * hits).sum(1) / wanted).mean()),
+    }
+
+
 def nmi(labels_a: Tensor | np.ndarray | Sequence[int], labels_b: Tensor | np.ndarray | Sequence[int]) -> float:
     """Normalised mutual information 2 I / (H + H) of two labellings (N,) of the same images, in float64.
 
@@ -93,13 +123,33 @@ def clustering_nmi(
     max_iter: int = 300,
     engine: str = "auto",
 ) -> float:
-    """NMI of the labels and a k-means clustering of the embeddings into as many clusters as classes are present.
+    """NMI of the labels and a k-means clustering of the embeddings: the first score of `clustering_scores`."""
+    return clustering_scores(embeddings, labels, seed, n_init, max_iter, engine)["nmi"]
+
+
+def clustering_scores(
+    embeddings: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[int],
+    seed: int = 0,
+    n_init: int = 10,
+    max_iter: int = 300,
+    engine: str = "auto",
+    adjusted: bool = False,
+) -> dict[str, float]:
+    """NMI, and if asked for AMI, of the labels and a k-means clustering into as many clusters as classes are present.
 
     embeddings (N, D), labels (N,) as for `recall_at_k`; n_init, max_iter, engine as for `clustering.kmeans`. The
-    figure depends on that protocol: print `clustering.protocol(...)` with it. Raises ValueError as `recall_at_k`,
-    and where the embeddings have fewer distinct rows than there are classes.
+    figures depend on that protocol: print `clustering.protocol(...)` with them. `adjusted` adds "ami", scikit-learn's
+    `adjusted_mutual_info_score` (Vinh, Epps and Bailey, 2010): 0 for clusters by chance, whatever their number, where
+    NMI grows with it. Returns {"nmi": .., "ami": ..}. Raises ValueError as `recall_at_k`, and where the embeddings have
+    fewer distinct rows than there are classes.
     """
     matrix, numbered = _checked(embeddings, labels)
     classes = int(numbered.max()) + 1
     assignments, _, _ = kmeans(matrix, classes, n_init=n_init, max_iter=max_iter, seed=seed, engine=engine)
-    return nmi(numbered, assignments)
+    scores = {"nmi": nmi(numbered, assignments)}
+    if adjusted:
+        from sklearn.metrics import adjusted_mutual_info_score
+
+        scores["ami"] = float(adjusted_mutual_info_score(numbered.cpu().numpy(), assignments.cpu().numpy()))
+    return scores
