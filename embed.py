@@ -109,13 +109,14 @@ def export(args: argparse.Namespace) -> None:
     import torch
 
     from datasets import crop_size
-    from models import load_network
+    from models import check_crop_size, load_network
     from models.export import export_onnx
 
     torch.manual_seed(args.seed)
     model, what = load_network("cpu", args.checkpoint_path, args.backbone, args.weights)
     size = args.image_size or what.get("image_size") or DEFAULT_SIZE
     crop = crop_size(size)
+    check_crop_size(model.backbone_name, crop)
     export_onnx(model, args.onnx, crop, what["features"])
     print(f"{args.onnx}: {what['features']} of {what['backbone']}; images uint8 RGB (batch, {crop}, {crop}, 3), the "
           f"centre of images squashed to {size} px; features float32, of unit length")  # fmt: skip
@@ -125,7 +126,8 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
     """Load the network, open or continue the file, append batch after batch."""
     import torch
 
-    from models import load_network
+    from datasets import crop_size
+    from models import check_crop_size, load_network
     from utils.devices import choose_device
     from utils.embeddings import EmbeddingWriter, network_hash
     from utils.features import extract_features
@@ -135,6 +137,7 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
         torch.manual_seed(args.seed)
         model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights)
         source = open_source(args, what)
+        check_crop_size(model.backbone_name, crop_size(source.image_size))
         dimension = what["low_dim"] if args.checkpoint_path else model.channels
         facts = {
             "backbone": what["backbone"], "features": what["features"], "network_sha256": network_hash(model),
