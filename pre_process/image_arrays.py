@@ -25,7 +25,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from utils.arguments import Parser, path_name, whole
@@ -197,25 +197,28 @@ class UnreadableError(ValueError):
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:
-    """`decode_image` of a file from an archive. Raises `UserError` for what cannot be read whole."""
+    """`decode_image` of a file from an archive, as it is stored, whatever its EXIF data say of turning it.
+
+    Raises `UserError` for what cannot be read whole.
+    """
     try:
-        return decode_image(path, image_size)
+        return decode_image(path, image_size, upright=False)
     except UnreadableError as error:
         raise UserError(f"{path}: {error}; unpack it again from the archive") from None
 
 
-def decode_image(path: Path | str, image_size: int) -> np.ndarray:
+def decode_image(path: Path | str, image_size: int, upright: bool = True) -> np.ndarray:
     """Read an image, squash all of it to a square with Lanczos.
 
-    The first frame as it is stored: neither turned by its EXIF data nor cropped nor composed on a background.
+    The first frame, turned as its EXIF data say (`upright`) or as it is stored; not cropped, on no background.
 
     Returns: uint8 RGB, shape (image_size, image_size, 3). Raises `UnreadableError` for what cannot be read whole, and
     for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    return np.asarray(open_rgb(path).resize((image_size, image_size), Image.Resampling.LANCZOS))
+    return np.asarray(open_rgb(path, upright).resize((image_size, image_size), Image.Resampling.LANCZOS))
 
 
-def open_rgb(path: Path | str) -> Image.Image:
+def open_rgb(path: Path | str, upright: bool = True) -> Image.Image:
     """An image file in RGB, at its own size; raises as `decode_image`."""
     try:
         with warnings.catch_warnings():
@@ -224,7 +227,7 @@ def open_rgb(path: Path | str) -> Image.Image:
                 pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
                 if limit and pixels > limit:  # Pillow itself refuses twice as many, and warns of these
                     raise ValueError(f"its size of {pixels} pixels exceeds limit of {limit}: decompression bomb?")
-                return as_rgb(image)
+                return as_rgb(ImageOps.exif_transpose(image) if upright else image)
     except Image.UnidentifiedImageError:
         raise UnreadableError("is not an image") from None
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files

@@ -279,7 +279,7 @@ def test_cmyk(tmp_path):
     np.testing.assert_allclose(ours, 255 * ink[:, :, :3] * ink[:, :, 3:], atol=1.5)
 
 
-def test_exif_rotation_is_not_applied(tmp_path):
+def test_exif_rotation_is_not_applied_to_archives(tmp_path):
     photo = Image.fromarray(random_pixels(16, 24, 3))
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn me by 90 degrees"
@@ -289,6 +289,10 @@ def test_exif_rotation_is_not_applied(tmp_path):
     np.testing.assert_array_equal(
         image_arrays.read_image(tmp_path / "turned.jpg", SIZE), reference(tmp_path / "plain.jpg", SIZE)
     )
+    upright = image_arrays.decode_image(tmp_path / "turned.jpg", SIZE)  # of one's own photos it is
+    with Image.open(tmp_path / "plain.jpg") as plain:
+        right = plain.transpose(Image.Transpose.ROTATE_270).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(upright, np.asarray(right))
 
 
 def test_first_frame_of_a_moving_image(tmp_path):
