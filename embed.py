@@ -12,13 +12,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
+from utils.arguments import (
+    BACKBONE_NAMES,
+    Parser,
+    add_flip,
+    add_pooling,
+    folder_name,
+    name_of,
+    refuse_network_options,
+    whole,
+)
 from utils.errors import UserError, run_script
 from utils.process import place, share_cores
 from utils.progress import progress
 
 if TYPE_CHECKING:  # --help does not wait for these
     from datasets.folder import ArraySource, Crops, FileSource
+    from models import Pooling
 
 DEFAULT_SIZE = 256  # pixels that a folder's images are squashed to, where the checkpoint does not know better
 NAMED = 3  # unreadable images that an error names
@@ -40,6 +50,8 @@ def make_parser() -> Parser:
     g.add_argument("--backbone", type=name_of(BACKBONE_NAMES),
                    help=f"a frozen backbone, its pooled features: one of {', '.join(BACKBONE_NAMES)}")  # fmt: skip
     g.add_argument("--weights", default="auto", help="auto (usual ImageNet weights), none (random), or a file")
+    add_pooling(g, "default: the last; a checkpoint brings its own")
+    add_flip(g)
     g.add_argument("--seed", type=whole(0), default=0, help="of --weights none")
     g = p.add_argument_group("output")
     g.add_argument("--out", metavar="FILE.npy", help="the embeddings, rows of unit length; FILE.csv and FILE.json come "
@@ -66,8 +78,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("give either --images, or --dataset")
     if (args.checkpoint_path is None) == (args.backbone is None):
         parser.error("give either --checkpoint_path, or --backbone (with --weights) for a frozen backbone")
-    if args.checkpoint_path and "weights" in args.given:
-        parser.error("--weights goes with --backbone; a checkpoint brings its own weights")
+    refuse_network_options(parser, args)
     if args.dataset and args.skip_bad:
         parser.error("--skip_bad goes with --images; a data set has no unreadable images")
     target = args.onnx or args.out
@@ -113,11 +124,11 @@ def export(args: argparse.Namespace) -> None:
     from models.export import export_onnx
 
     torch.manual_seed(args.seed)
-    model, what = load_network("cpu", args.checkpoint_path, args.backbone, args.weights)
+    model, what = load_network("cpu", args.checkpoint_path, args.backbone, args.weights, pooling_of(args))
     size = args.image_size or what.get("image_size") or DEFAULT_SIZE
     crop = crop_size(size)
     check_crop_size(model.backbone_name, crop)
-    export_onnx(model, args.onnx, crop, what["features"])
+    export_onnx(model, args.onnx, crop, what["features"], args.flip_eval)
     print(f"{args.onnx}: {what['features']} of {what['backbone']}; images uint8 RGB (batch, {crop}, {crop}, 3), the "
           f"centre of images squashed to {size} px; features float32, of unit length")  # fmt: skip
 
@@ -135,22 +146,21 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
     with stop.at_once():
         device = choose_device(args.device)
         torch.manual_seed(args.seed)
-        model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights)
+        model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights, pooling_of(args))
         source = open_source(args, what)
         check_crop_size(model.backbone_name, crop_size(source.image_size))
-        dimension = what["low_dim"] if args.checkpoint_path else model.channels
+        dimension = what["low_dim"] if args.checkpoint_path else model.pooled_dim
         facts = {
             "backbone": what["backbone"], "features": what["features"], "network_sha256": network_hash(model),
             "image_size": source.image_size, "precision": args.precision, "source": source.fingerprint(),
-            "images": len(source),
+            "images": len(source), "layers": args.layers, "pool": args.pool, "flip_eval": args.flip_eval,
         }  # fmt: skip
         writer = EmbeddingWriter(Path(args.out), facts, dimension, args.half, args.overwrite)
     if writer.done:
         print(f"{args.out}: is complete already, {writer.rows} rows")
         return
-    writer.facts |= {key: what[key] for key in ("checkpoint", "weights")} | {
-        "seed": args.seed
-    }  # where to find it again
+    where = {"checkpoint": what["checkpoint"], "weights": what["weights"], "seed": args.seed}  # to find it again
+    writer.facts |= where
     if writer.images:
         print(f"{args.out}: going on after {writer.images} of {len(source)} images")
     try:
@@ -159,7 +169,7 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
             refuse_unreadable(args, source, crops)
             rows = torch.empty(0, dimension)
             if len(crops.rows):
-                pooled, embeddings = extract_features(model, [crops.pixels], args.precision)
+                pooled, embeddings = extract_features(model, [crops.pixels], args.precision, flip=args.flip_eval)
                 rows = pooled if args.backbone else embeddings
             listed = [(source.paths[row], source.classes[row]) for row in crops.rows]
             faults = [(source.paths[row], reason) for row, reason in crops.unreadable]
@@ -171,6 +181,13 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
     left_out = f"; {len(writer.unreadable)} unreadable images are left out, see the .json" if writer.unreadable else ""
     print(f"{args.out}: {writer.rows} rows of {dimension}, {writer.facts['dtype']}, {what['features']} of "
           f"{what['backbone']} at {source.image_size} px{left_out}")  # fmt: skip
+
+
+def pooling_of(args: argparse.Namespace) -> Pooling:
+    """What --layers and --pool say."""
+    from models import Pooling
+
+    return Pooling.parse(args.layers, args.pool, unit=False)
 
 
 def open_source(args: argparse.Namespace, what: dict) -> FileSource | ArraySource:

@@ -121,7 +121,7 @@ def embed_queries(args: argparse.Namespace, queries: list[str], facts: dict) -> 
     import torch
 
     from datasets.folder import FileSource
-    from models import load_network
+    from models import Pooling, load_network
     from utils.devices import choose_device
     from utils.embeddings import network_hash
     from utils.features import extract_features
@@ -130,7 +130,8 @@ def embed_queries(args: argparse.Namespace, queries: list[str], facts: dict) -> 
     frozen = facts["features"] == "pooled"
     checkpoint = None if frozen else args.checkpoint_path or facts["checkpoint"]
     torch.manual_seed(facts["seed"])
-    model, _ = load_network(device, checkpoint, facts["backbone"], facts["weights"])
+    pooling = Pooling.parse(facts.get("layers"), facts.get("pool"), unit=False)
+    model, _ = load_network(device, checkpoint, facts["backbone"], facts["weights"], pooling)
     if network_hash(model) != facts["network_sha256"]:
         raise UserError(f"{checkpoint or facts['weights']}: is no longer the network that made {args.embeddings}; give "
                         "its --checkpoint_path, or embed the images again")  # fmt: skip
@@ -140,7 +141,8 @@ def embed_queries(args: argparse.Namespace, queries: list[str], facts: dict) -> 
         if crops.unreadable:
             row, reason = crops.unreadable[0]
             raise UserError(f"--query {queries[row]}: {reason}; leave it out")
-        parts.append(extract_features(model, [crops.pixels], facts["precision"])[0 if frozen else 1])
+        found = extract_features(model, [crops.pixels], facts["precision"], flip=facts.get("flip_eval", False))
+        parts.append(found[0 if frozen else 1])
     return torch.cat(parts).numpy()
 
 

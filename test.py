@@ -19,9 +19,12 @@ from utils.arguments import (
     LARGEST_MEMORY,
     LARGEST_SEED,
     Parser,
+    add_flip,
+    add_pooling,
     folder_name,
     name_of,
     path_name,
+    refuse_network_options,
     whole,
 )
 from utils.errors import UserError, run_script
@@ -48,6 +51,7 @@ def make_parser() -> Parser:
     g.add_argument(
         "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
     )
+    add_pooling(g, "default: the last; a checkpoint brings its own")
     g = p.add_argument_group("data and output")
     g.add_argument("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
     g.add_argument("--image_size", type=whole(8), help="which pre-processed size to take, if there are several")
@@ -60,6 +64,7 @@ def make_parser() -> Parser:
     g.add_argument(
         "--seed", type=whole(0, LARGEST_SEED), default=0, help="of the k-means behind NMI, and of a random backbone"
     )
+    add_flip(g)
     g = p.add_argument_group("machine")
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch")
     g.add_argument("--eval_memory_mb", type=whole(1, LARGEST_MEMORY), default=512,
@@ -78,8 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse(sys.argv[1:] if argv is None else argv)
     if (args.checkpoint_path is None) == (args.backbone is None):
         parser.error("give either --checkpoint_path, or --backbone (with --weights) for a frozen backbone")
-    if args.checkpoint_path and "weights" in args.given:
-        parser.error("--weights goes with --backbone; a checkpoint brings its own weights")
+    refuse_network_options(parser, args)
     try:
         check_targets(args)
     except UserError as error:
@@ -100,7 +104,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     import torch
 
     from datasets import center_crops, crop_size, load_split
-    from models import check_crop_size, load_network
+    from models import Pooling, check_crop_size, load_network
     from utils.devices import choose_device
     from utils.evaluation import score
     from utils.features import extract_features
@@ -110,11 +114,12 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     check_split(args, split)
     processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
     torch.manual_seed(args.seed)
-    model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights)
+    model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights,
+                               Pooling.parse(args.layers, args.pool, unit=False))  # fmt: skip
     check_crop_size(model.backbone_name, crop_size(split.image_size))
     batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
     batches = progress(batches, len(split) / (args.test_batch * processes.count), "test features")
-    pooled, embeddings = extract_features(model, batches, args.precision, processes)
+    pooled, embeddings = extract_features(model, batches, args.precision, processes, args.flip_eval)
     if not processes.first:
         return
     features = pooled if args.backbone else embeddings
@@ -125,6 +130,8 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
         "classes": len(set(split.labels.tolist())) if split.labelled else None,
         "image_size": split.image_size,
         "dimension": features.shape[1],
+        "pooling": str(model.pooling),
+        "flip_eval": args.flip_eval,
         "precision": args.precision,
         "device": device.type,
     }
@@ -184,6 +191,9 @@ def print_result(result: dict) -> None:
     source = result["checkpoint"] or f"frozen {result['backbone']}, weights {result['weights']}"
     trained = f" after epoch {result['epoch']}" if result["epoch"] is not None else ""
     print(f"{source}{trained}: {result['backbone']}, {result['features']} of {result['dimension']} dimensions")
+    if result["pooling"] != "avg" or result["flip_eval"]:
+        flip = ", image and mirror image averaged" if result["flip_eval"] else ""
+        print(f"pooled: {result['pooling']}{flip}")
     classes = "without labels" if result["classes"] is None else f"of {result['classes']} unseen classes"
     print(f"{result['dataset']}: {result['images']} test images {classes}, {result['image_size']} px stored")
     if result["classes"] is None:

@@ -26,6 +26,8 @@ from utils.arguments import (
     LARGEST_MEMORY,
     LARGEST_SEED,
     Parser,
+    add_flip,
+    add_pooling,
     folder_name,
     name_of,
     path_name,
@@ -80,6 +82,11 @@ def make_parser() -> Parser:
         "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
     )
     g.add_argument("--low_dim", type=whole(2, 65536), default=128, help="size of the embedding")
+    add_pooling(g, "default: the last")
+    g.add_argument("--head_init", type=name_of(("random", "pca", "whiten")), default="random",
+                   help="start of the embedding head: random, as in the paper, or in closed form from the pooled "
+                   "features of the training images, without labels: their PCA, or half-whitened (usually the best); "
+                   "with --n_epoch 0 the embedding is ready without any training")  # fmt: skip
     g.add_argument("--n_cluster", type=whole(2), default=32, help="K, the number of clusters")
     g = p.add_argument_group("method")
     g.add_argument("--positives", type=name_of(("auto", "self", "nn")), default="auto",
@@ -116,6 +123,7 @@ def make_parser() -> Parser:
     g.add_argument("--eval_memory_mb", type=whole(1, LARGEST_MEMORY), default=512,
                    help="MiB for searches for neighbours beside the features; changes speed alone")  # fmt: skip
     g.add_argument("--interval", type=whole(1), default=1, help="evaluate every so many epochs (and after the last)")
+    add_flip(g)
     g = p.add_argument_group("run")
     g.add_argument("--model_name", type=folder_name, help="name of the run's folder (default: CBSwR_<DATASET>)")
     g.add_argument(
@@ -263,6 +271,8 @@ def main(argv: list[str] | None = None) -> int:
 def train(job: Job) -> None:
     """The epochs: pseudo-labels and positives, steps, evaluation, checkpoint."""
     args, state = job.args, job.state
+    if args.head_init != "random" and not state.rows and state.current is None:
+        fit_head(job)
     if args.n_epoch == 0 and not state.rows:
         with job.stop.at_once():
             scores = evaluate(job)
@@ -283,6 +293,16 @@ def train(job: Job) -> None:
         row["images_per_second"] = 2 * state.current.step * args.batch_size / row["seconds"]["train"]
         end_epoch(job, row)
     print_summary(state.rows, job.run.path)
+
+
+def fit_head(job: Job) -> None:
+    """Give the embedding head its closed form, from one feature pass over the training images."""
+    from models.closed_form import closed_form_head, start_head
+
+    args = job.args
+    with job.stop.at_once():
+        pooled, _ = features(job, job.training, f"head by {args.head_init}")
+        start_head(job.model, *by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init)))
 
 
 def begin_epoch(job: Job) -> EpochUnderWay:
@@ -357,8 +377,9 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     import torch
 
     from datasets import load_split
-    from models import build_model
+    from models import Pooling, build_model
     from models.batch_norm import share_batch_norm
+    from models.closed_form import check_directions
     from utils.devices import bf16_is_slow, choose_device, compile_backbone, compute_deterministically
 
     if args.deterministic:
@@ -383,7 +404,10 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
 
     resident = to_device(training.images, device, args.data_on)
     torch.manual_seed(args.seed)
-    model = build_model(args.backbone, args.n_cluster, args.low_dim, "none" if saved else args.weights)
+    model = build_model(args.backbone, args.n_cluster, args.low_dim, "none" if saved else args.weights,
+                        Pooling.parse(args.layers, args.pool, unit=args.head_init != "random"))  # fmt: skip
+    if args.head_init != "random":
+        check_directions(args.low_dim, min(len(training) - 1, model.pooled_dim), len(training), model.pooled_dim)
     model = model.to(device, memory_format=torch.channels_last)
     model.base_model = share_batch_norm(model.base_model, processes, device)
     if args.compile:
@@ -660,7 +684,8 @@ def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:
             yield batch
 
     crops = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
-    return extract_features(job.model, progress(stoppable(crops), rounds, title), args.precision, processes)
+    return extract_features(job.model, progress(stoppable(crops), rounds, title), args.precision, processes,
+                            args.flip_eval)  # fmt: skip
 
 
 def by_first(job: Job, work: Callable[[], Any]) -> Any:

@@ -41,8 +41,8 @@ def cbswr_losses(
         raise ValueError(f"inputs must hold two views of each image, an even number of rows; got {rows}")
     if pseudo_labels is not None and pseudo_labels.shape not in {(rows // 2,), (rows,)}:
         raise ValueError(f"pseudo_labels must be ({rows // 2},), a label per image, got {tuple(pseudo_labels.shape)}")
-    feature_map = model.base_model(inputs)  # (2m / processes, C, h, w)
-    embedding = model.embed(processes.gather_views(model.pool(feature_map)))  # (2m, D)
+    maps = model.maps(inputs)  # of each pooled layer (2m / processes, C, h, w)
+    embedding = model.embed(processes.gather_views(model.pool(*maps)))  # (2m, D)
     cluster_logits = model.cluster(embedding)  # (2m, K)
     images = len(embedding) // 2
     if pseudo_labels is None:
@@ -53,10 +53,10 @@ def cbswr_losses(
         labels = processes.gather_views(labels)  # (2m,)
     _, cluster, counts = torch.unique(labels, return_inverse=True, return_counts=True)  # (2m,), (U,)
     own = processes.own_views(cluster)  # (2m / processes,)
-    centroids = processes.sum(cluster_means(feature_map, own, counts))  # (U, C, h, w)
-    centers = model.embed(model.pool(centroids.detach())).detach()  # (U, D)
+    centroids = [processes.sum(cluster_means(one, own, counts)) for one in maps]  # (U, C, h, w) each
+    centers = model.embed(model.pool(*(one.detach() for one in centroids))).detach()  # (U, D)
     # equal centroids give equal images: decode each once, let batch norm count it as often as it stands for a row
-    decoded = model.decoder(centroids, size=inputs.shape[-2:], counts=counts)  # (U, 3, H, W)
+    decoded = model.decoder(centroids[-1], size=inputs.shape[-2:], counts=counts)  # (U, 3, H, W)
     reconstruction = decoded.index_select(0, own)  # (.., 3, H, W); decoded[own] adds gradients in random order
     target = model.reconstruction_target(inputs, recon_target)
     return {

@@ -3,5 +3,10 @@
 from models.backbones import BACKBONES, check_crop_size
 from models.cbswr import CBSwR, build_model
 from models.checkpoint import load_checkpoint, load_network
+from models.closed_form import start_head
+from models.pooling import PAPER, Pooling
 
-__all__ = ["BACKBONES", "CBSwR", "build_model", "check_crop_size", "load_checkpoint", "load_network"]
+__all__ = [
+    "BACKBONES", "PAPER", "CBSwR", "Pooling", "build_model", "check_crop_size", "load_checkpoint", "load_network",
+    "start_head",
+]  # fmt: skip

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from models.googlenet import caffe_googlenet
+from models.googlenet import CAFFE_BLOCKS, caffe_googlenet
 from utils.errors import UserError
 
 
@@ -100,18 +101,31 @@ class BackboneSpec:
     normalization: InputNormalization
     torchvision_weights: str | None = None
     smallest_crop: int = 1  # side in pixels; of less, the last pooling leaves nothing
+    stages: dict[str, tuple[str, int]] = field(default_factory=dict)  # what --layers names: child, channels of its map
+
+
+def _resnet_stages(*widths: int) -> dict[str, tuple[str, int]]:
+    return {f"layer{i}": (f"layer{i}", width) for i, width in enumerate(widths, 1)}
+
+
+_CAFFE_STAGES = {name: (str(CAFFE_BLOCKS[name]), width)
+                 for name, width in (("inception_3b", 480), ("inception_4e", 832), ("inception_5b", 1024))}  # fmt: skip
+_BN_STAGES = {name.replace("_", ""): (name.replace("_", ""), width) for name, (_, width) in _CAFFE_STAGES.items()}
+_BASIC, _BOTTLENECK = _resnet_stages(64, 128, 256, 512), _resnet_stages(256, 512, 1024, 2048)
 
 
 BACKBONES = {
-    "googlenet": BackboneSpec(caffe_googlenet, 1024, CAFFE, smallest_crop=31),
-    "googlenet_caffe": BackboneSpec(lambda: caffe_googlenet(lrn="caffe"), 1024, CAFFE, smallest_crop=31),
-    "googlenet_bn": BackboneSpec(_torchvision_googlenet, 1024, PLUS_MINUS_ONE, "GoogLeNet_Weights", 15),
-    "resnet18": BackboneSpec(lambda: _torchvision_resnet("resnet18"), 512, IMAGENET, "ResNet18_Weights"),
-    "resnet34": BackboneSpec(lambda: _torchvision_resnet("resnet34"), 512, IMAGENET, "ResNet34_Weights"),
-    "resnet50": BackboneSpec(lambda: _torchvision_resnet("resnet50"), 2048, IMAGENET, "ResNet50_Weights"),
-    "resnet101": BackboneSpec(lambda: _torchvision_resnet("resnet101"), 2048, IMAGENET, "ResNet101_Weights"),
-    "resnet_small": BackboneSpec(_small_resnet, 128, IMAGENET),
-}
+    "googlenet": BackboneSpec(caffe_googlenet, 1024, CAFFE, smallest_crop=31, stages=_CAFFE_STAGES),
+    "googlenet_caffe": BackboneSpec(lambda: caffe_googlenet(lrn="caffe"), 1024, CAFFE, smallest_crop=31,
+                                    stages=_CAFFE_STAGES),
+    "googlenet_bn": BackboneSpec(_torchvision_googlenet, 1024, PLUS_MINUS_ONE, "GoogLeNet_Weights", 15, _BN_STAGES),
+    **{name: BackboneSpec(partial(_torchvision_resnet, name), 512, IMAGENET, f"ResNet{name[6:]}_Weights", stages=_BASIC)
+       for name in ("resnet18", "resnet34")},
+    **{name: BackboneSpec(partial(_torchvision_resnet, name), 2048, IMAGENET, f"ResNet{name[6:]}_Weights",
+                          stages=_BOTTLENECK)
+       for name in ("resnet50", "resnet101")},
+    "resnet_small": BackboneSpec(_small_resnet, 128, IMAGENET, stages=_resnet_stages(32, 64, 128)),
+}  # fmt: skip
 
 
 def check_crop_size(backbone: str, crop: int) -> None:

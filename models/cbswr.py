@@ -11,12 +11,9 @@ from torch.nn import functional as F
 
 from models.backbones import BACKBONES
 from models.decoder import Decoder
+from models.pooling import PAPER, Pooling
 from models.weights import load_backbone_weights
 from utils.errors import UserError
-
-
-def _as_float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class CBSwR(nn.Module):
@@ -25,17 +22,21 @@ class CBSwR(nn.Module):
     The backbone and the decoder run in the autocast dtype; pooling, heads and normalisations in float32 (or float64).
     """
 
-    def __init__(self, backbone: str, n_cluster: int, low_dim: int) -> None:
+    def __init__(self, backbone: str, n_cluster: int, low_dim: int, pooling: Pooling = PAPER) -> None:
         super().__init__()
         spec = BACKBONES[backbone]
+        pooling.check(spec.stages, backbone)
         self.backbone_name = backbone
         self.n_cluster = n_cluster
         self.low_dim = low_dim
+        self.pooling = pooling
         self.channels = spec.channels
+        self.pooled_dim = sum(spec.stages[name][1] for name in pooling.layers) or spec.channels
+        self._tapped = [spec.stages[name][0] for name in pooling.layers]
         self.normalization = spec.normalization
         self.base_model = spec.make()
         self.decoder = Decoder(spec.channels)
-        self.feat_ext = nn.Sequential(nn.Linear(spec.channels, low_dim))
+        self.feat_ext = nn.Sequential(nn.Linear(self.pooled_dim, low_dim))
         self.clustering = nn.Sequential(nn.BatchNorm1d(low_dim), nn.Dropout(0.6), nn.Linear(low_dim, n_cluster))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,13 +44,24 @@ class CBSwR(nn.Module):
 
         Embedding and logits have unit length. The input is what `normalization` makes of pixels.
         """
-        feature_map = self.base_model(x)
-        embedding = self.embed(self.pool(feature_map))
-        return embedding, self.cluster(embedding), feature_map
+        maps = self.maps(x)
+        embedding = self.embed(self.pool(*maps))
+        return embedding, self.cluster(embedding), maps[-1]
 
-    def pool(self, feature_map: Tensor) -> Tensor:
-        """Average pool: (B, C, h, w) -> pooled (B, C), float32 or float64; not normalised."""
-        return _as_float(feature_map).mean((2, 3))
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) -> the feature maps (B, C_l, h_l, w_l) of the pooled layers, the last one last."""
+        if len(self._tapped) < 2:
+            return [self.base_model(x)]
+        found = []
+        for name, part in self.base_model.named_children():
+            x = part(x)
+            if name in self._tapped:
+                found.append(x)
+        return found
+
+    def pool(self, *maps: Tensor) -> Tensor:
+        """Pool the feature maps of the layers, by default the average of the last: (B, C, h, w) -> pooled (B, C)."""
+        return self.pooling(list(maps))
 
     def embed(self, pooled: Tensor) -> Tensor:
         """Embedding head: pooled (B, C) -> embedding (B, D) of unit length."""
@@ -73,13 +85,16 @@ class CBSwR(nn.Module):
             return self.normalization.pixels(inputs) / 255
         raise ValueError(f"recon_target is input or image, not {kind!r}")
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, x: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
         """For mining, clustering and evaluation: images (B, 3, H, W) -> pooled (B, C), embedding (B, D).
 
-        Both have unit length.
+        Both have unit length. `flip` averages the pooled features of the image and of its mirror image.
         """
-        pooled = self.pool(self.base_model(x))
-        return F.normalize(pooled, dim=1), self.embed(pooled)
+        pooled = self.pool(*self.maps(x))
+        if flip:
+            pooled = (pooled + self.pool(*self.maps(x.flip(3)))) / 2
+        unit = F.normalize(pooled, dim=1)
+        return unit, self.embed(unit if self.pooling.unit else pooled)
 
 
 def build_model(
@@ -87,12 +102,13 @@ def build_model(
     n_cluster: int = 32,
     low_dim: int = 128,
     weights: str | os.PathLike | None = None,
+    pooling: Pooling = PAPER,
 ) -> CBSwR:
     """Make a CBSwR network (paper section 3); heads and decoder start from torch's global random generator.
 
     backbone: a name of `models.BACKBONES`. weights: None or "none" (random), "auto" (the usual ImageNet weights), or
-    the path of a torch or HDF5 file with the backbone's weights.
-    Raises UserError for an unknown backbone or weights that cannot be had or do not fit.
+    the path of a torch or HDF5 file with the backbone's weights. pooling: see `models.pooling.Pooling`.
+    Raises UserError for an unknown backbone or layer, or weights that cannot be had or do not fit.
     """
     if backbone not in BACKBONES:
         close = difflib.get_close_matches(backbone, BACKBONES, 1)
@@ -100,7 +116,7 @@ def build_model(
         raise UserError(f"unknown backbone {backbone!r}{hint} (choose from {', '.join(BACKBONES)})")
     if n_cluster < 1 or low_dim < 1:
         raise UserError(f"n_cluster and low_dim are at least 1, not {n_cluster} and {low_dim}")
-    model = CBSwR(backbone, n_cluster, low_dim)
+    model = CBSwR(backbone, n_cluster, low_dim, pooling)
     if weights is not None and weights != "none":
         load_backbone_weights(model.base_model, backbone, BACKBONES[backbone], weights)
     return model

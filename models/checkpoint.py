@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.backbones import BACKBONES
 from models.cbswr import CBSwR, build_model
+from models.pooling import PAPER, Pooling
 from models.weights import check_tensors, read_torch_file
 from utils.errors import UserError
 from utils.runs import find_checkpoint
@@ -37,8 +38,9 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     config = content.get("config") if isinstance(content.get("config"), dict) else {}
     epoch = content.get("epoch")
     check_tensors(state, path)
-    n_cluster, low_dim, backbone = _describe(state, config.get("backbone"), path)
-    model = CBSwR(backbone, n_cluster, low_dim)
+    pooling = _pooling(config, path)
+    n_cluster, low_dim, backbone = _describe(state, config.get("backbone"), pooling, path)
+    model = CBSwR(backbone, n_cluster, low_dim, pooling)
     model.load_state_dict(state)
     info = {
         "path": str(Path(path)),
@@ -53,15 +55,19 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 
 
 def load_network(
-    device: str | torch.device, checkpoint: str | None, backbone: str | None = None, weights: str | None = None
+    device: str | torch.device,
+    checkpoint: str | None,
+    backbone: str | None = None,
+    weights: str | None = None,
+    pooling: Pooling = PAPER,
 ) -> tuple[CBSwR, dict]:
     """The network to embed images with, channels last on `device`, and what to say of it.
 
     checkpoint: a file, or a run's folder (see `find_checkpoint`), for its embedding; or else a frozen backbone and its
-    weights (see `build_model`), for its pooled features. Raises UserError where they cannot be had.
+    weights and pooling (see `build_model`), for its pooled features. Raises UserError where they cannot be had.
     """
     if checkpoint is None:
-        model = build_model(backbone, weights=weights)
+        model = build_model(backbone, weights=weights, pooling=pooling)
         return model.to(device, memory_format=torch.channels_last), {
             "features": "pooled", "backbone": backbone, "weights": weights, "checkpoint": None, "epoch": None,
         }  # fmt: skip
@@ -82,7 +88,20 @@ def _stored_size(content: dict) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _describe(state: dict[str, Tensor], named: object, path: str | os.PathLike) -> tuple[int, int, str]:
+def _pooling(config: dict, path: str | os.PathLike) -> Pooling:
+    """What is pooled, and how, by the options of the run; the paper's for the authors' files."""
+    layers, pool, start = config.get("layers"), config.get("pool"), config.get("head_init", "random")
+    if not all(value is None or isinstance(value, str) for value in (layers, pool, start)):
+        raise UserError(f"{path}: not a checkpoint of train.py: layers, pool and head_init of its config are texts")
+    try:
+        return Pooling.parse(layers, pool, start != "random")
+    except UserError as error:
+        raise UserError(f"{path}: not a checkpoint of train.py ({error})") from None
+
+
+def _describe(
+    state: dict[str, Tensor], named: object, pooling: Pooling, path: str | os.PathLike
+) -> tuple[int, int, str]:
     """K, embedding size and backbone of a state_dict: the backbone `named` by the file if it fits, else by shapes."""
     cluster_head, embedding_head = state.get("clustering.2.weight"), state.get("feat_ext.0.weight")
     if cluster_head is None or embedding_head is None or cluster_head.dim() != 2 or embedding_head.dim() != 2:
@@ -93,12 +112,18 @@ def _describe(state: dict[str, Tensor], named: object, path: str | os.PathLike) 
     found = _kinds(state)
     nearest, nearest_faults = "", None
     for backbone in sorted(BACKBONES, key=lambda name: name != named):
-        expected = _layout(backbone, n_cluster, low_dim)
+        try:
+            expected = _layout(backbone, n_cluster, low_dim, pooling)
+        except UserError:  # it has no such layers
+            continue
         if expected == found:
             return n_cluster, low_dim, backbone
         faults = [n for n in dict.fromkeys((*expected, *found)) if expected.get(n) != found.get(n)]
         if nearest_faults is None or len(faults) < len(nearest_faults):
             nearest, nearest_faults = backbone, faults
+    if nearest_faults is None:
+        raise UserError(f"{path}: no known backbone has the layers {','.join(pooling.layers)}; get the file again, or "
+                        "retrain")  # fmt: skip
     raise UserError(
         f"{path}: fits no known backbone; the nearest is {nearest}, with {len(nearest_faults)} names missing, "
         f"unknown or of another shape or kind, the first is {nearest_faults[0]}; get the file again, or retrain"
@@ -106,12 +131,12 @@ def _describe(state: dict[str, Tensor], named: object, path: str | os.PathLike) 
 
 
 @lru_cache(maxsize=len(BACKBONES))  # all of them take a second
-def _layout(backbone: str, n_cluster: int, low_dim: int) -> dict[str, tuple]:
+def _layout(backbone: str, n_cluster: int, low_dim: int, pooling: Pooling) -> dict[str, tuple]:
     """What the state_dict of such a network holds, see `_kinds`; nothing is allocated."""
     import torchvision  # noqa: F401  # imported for the first time under the meta device, torch 2.6 fails
 
     with torch.device("meta"):
-        return _kinds(CBSwR(backbone, n_cluster, low_dim).state_dict())
+        return _kinds(CBSwR(backbone, n_cluster, low_dim, pooling).state_dict())
 
 
 def _kinds(state: dict[str, Tensor]) -> dict[str, tuple]:

@@ -32,19 +32,22 @@ class _PlainNorm(nn.Module):
 class _Embedder(nn.Module):
     """Crops uint8 RGB (B, crop, crop, 3) -> embeddings or pooled features (B, D) of unit length."""
 
-    def __init__(self, model: CBSwR, features: str) -> None:
+    def __init__(self, model: CBSwR, features: str, flip: bool) -> None:
         super().__init__()
-        self.model, self.part = model, ("pooled", "embedding").index(features)
+        self.model, self.part, self.flip = model, ("pooled", "embedding").index(features), flip
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.features(self.model.normalization(images))[self.part]
+        return self.model.features(self.model.normalization(images), self.flip)[self.part]
 
 
-def export_onnx(model: CBSwR, path: str | os.PathLike, crop: int, features: str = "embedding") -> None:
+def export_onnx(
+    model: CBSwR, path: str | os.PathLike, crop: int, features: str = "embedding", flip: bool = False
+) -> None:
     """Write the embedder of a network for crops of a side, in pixels, in batches of any size; the model stays as it is.
 
     The file takes `images`, uint8 RGB (B, crop, crop, 3), the centre crops of squashed images, and gives `features`,
-    float32 (B, D) of unit length: the embedding, or the pooled features. Raises UserError where onnx is not installed.
+    float32 (B, D) of unit length: the embedding, or the pooled features; with `flip` the file averages image and mirror
+    image. Raises UserError where onnx is not installed.
     """
     try:
         import onnx  # noqa: F401  # torch would fail with an error of its own
@@ -55,7 +58,7 @@ def export_onnx(model: CBSwR, path: str | os.PathLike, crop: int, features: str 
     _make_plain(model, images)
     with written_whole(path) as beside, torch.no_grad():
         torch.onnx.export(
-            _Embedder(model, features).eval(), (images,), str(beside), input_names=["images"],
+            _Embedder(model, features, flip).eval(), (images,), str(beside), input_names=["images"],
             output_names=["features"], dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},
             opset_version=OPSET, dynamo=False,
         )  # fmt: skip

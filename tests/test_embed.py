@@ -19,7 +19,7 @@ import search
 import utils.embeddings
 import utils.neighbours
 from datasets import load_split
-from models import build_model
+from models import Pooling, build_model
 from models.export import export_onnx
 from utils.embeddings import network_hash, open_embeddings
 from utils.errors import run_script
@@ -121,11 +121,11 @@ def test_interrupted_it_goes_on_to_the_same_bytes(execute, checkpoint, photos, t
     assert execute(embed, *given, "--out", tmp_path / "whole.npy").code == 0
     seen, extract = [], utils.features.extract_features
 
-    def counted(model, batches, precision):
+    def counted(model, batches, precision, **rest):
         if len(seen) == 3:
             raise RuntimeError("killed")
         seen.append(len(batches[0]))
-        return extract(model, batches, precision)
+        return extract(model, batches, precision, **rest)
 
     monkeypatch.setattr(utils.features, "extract_features", counted)
     # killed outright: nothing of `close` happens
@@ -137,7 +137,9 @@ def test_interrupted_it_goes_on_to_the_same_bytes(execute, checkpoint, photos, t
     assert not (tmp_path / "cut.npy").exists() and (tmp_path / "cut.npy.part").stat().st_size > 0
     monkeypatch.undo()
     done = [0]
-    monkeypatch.setattr(utils.features, "extract_features", lambda *a: done.append(len(a[1][0])) or extract(*a))
+    monkeypatch.setattr(
+        utils.features, "extract_features", lambda *a, **k: done.append(len(a[1][0])) or extract(*a, **k)
+    )
     again = execute(embed, *given, "--out", tmp_path / "cut.npy")
     assert (again.code, again.err) == (0, "")
     assert sum(done) == (6 if save_every == 0 else 12) and ("going on after 6 of 12" in again.out) == (save_every == 0)
@@ -164,6 +166,25 @@ def test_a_request_to_stop_keeps_what_is_done(execute, checkpoint, photos, tmp_p
     again = execute(embed, *given)
     assert again.code == 0 and "going on after 6 of 12 images" in again.out
     assert len(np.load(tmp_path / "e.npy")) == len(table(tmp_path / "e.csv")) == 12
+
+
+def test_layers_pool_and_mirror_average_are_those_of_the_search_too(execute, photos, tmp_path):
+    out = tmp_path / "e.npy"
+    given = ["--images", photos, "--backbone", "resnet_small", "--weights", "none", "--image_size", SIZE, "--out", out]
+    assert execute(embed, *given, "--layers", "layer2,layer3", "--pool", "gem,max", "--flip_eval").code == 0
+    rows, _ = open_embeddings(out)
+    assert rows.shape == (12, 64 + 128)
+    found = execute(search, "--embeddings", out, "--query", photos, "--k", 1, "--json", tmp_path / "hits.json")
+    assert found.code == 0, found
+    # a query is embedded as the images were: its distance to another is what the rows say
+    hits = json.loads((tmp_path / "hits.json").read_text())
+    order = [row["path"] for row in table(out.with_suffix(".csv"))]
+    for one in hits:
+        (hit,) = one["hits"]
+        expected = np.linalg.norm(rows[order.index(one["query"])] - rows[order.index(hit["path"])])
+        assert hit["distance"] == pytest.approx(expected, abs=1e-5)
+    # and other pools are another network
+    failed(execute(embed, *given, "--layers", "layer2,layer3", "--flip_eval"), "pool was gem,max and is avg")
 
 
 def test_what_is_complete_is_not_made_again(execute, embedded, checkpoint, photos, monkeypatch):
@@ -243,19 +264,21 @@ def test_embed_refuses(execute, tmp_path, monkeypatch, argv, words):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("backbone", ["resnet_small", "googlenet", "googlenet_caffe"])
+@pytest.mark.parametrize("backbone, layers", [("resnet_small", None), ("resnet_small", "layer1,layer3"),
+                                              ("googlenet", None), ("googlenet_caffe", None)])  # fmt: skip
 @pytest.mark.parametrize("features", ["embedding", "pooled"])
 @pytest.mark.filterwarnings("ignore")  # torch's remarks on its exporter
-def test_onnx_gives_what_pytorch_gives(tmp_path, backbone, features):
+def test_onnx_gives_what_pytorch_gives(tmp_path, backbone, layers, features):
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model = build_model(backbone, 4, 12).eval()
-    export_onnx(model, tmp_path / "net.onnx", 40, features)
+    flip = layers is not None
+    model = build_model(backbone, 4, 12, pooling=Pooling.parse(layers, "gem" if flip else "avg", unit=False)).eval()
+    export_onnx(model, tmp_path / "net.onnx", 40, features, flip)
     images = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), dtype=np.uint8)
     ours = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(["features"], {"images": images})[0]
     with torch.no_grad():
-        pooled, embedding = model.features(model.normalization(torch.from_numpy(images)))
+        pooled, embedding = model.features(model.normalization(torch.from_numpy(images)), flip)
     expected = (embedding if features == "embedding" else pooled).numpy()
     np.testing.assert_allclose(ours, expected, atol=2e-5)
     assert np.abs(expected - expected[0]).max() > 1e-3 and not list(tmp_path.glob(".*"))

@@ -85,7 +85,7 @@ def test_scores_are_those_of_the_saved_embeddings(execute, run, data, tmp_path):
     assert {key: value for key, value in scores.items() if not key.startswith(("recall@", "nmi"))} == {
         "features": "embedding", "backbone": "resnet_small", "weights": None, "checkpoint": str(run / "last.pth"),
         "epoch": 2, "n_cluster": 5, "low_dim": 12, "dataset": "tiny", "images": 30, "classes": 4, "image_size": 32,
-        "dimension": 12, "precision": "fp32", "device": "cpu",
+        "dimension": 12, "pooling": "avg", "flip_eval": False, "precision": "fp32", "device": "cpu",
     }  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def test_test_batch_and_image_size(execute, tmp_path, run, monkeypatch):
     from models import CBSwR
 
     seen, features = [], CBSwR.features
-    monkeypatch.setattr(CBSwR, "features", lambda self, x: seen.append(tuple(x.shape)) or features(self, x))
+    monkeypatch.setattr(CBSwR, "features", lambda self, x, flip: seen.append(tuple(x.shape)) or features(self, x, flip))
     for size in (24, 48):
         write_split(tmp_path, "two", "validation", *shapes(10, range(2), size, seed=3))
     last = ("--checkpoint_path", run / "last.pth", "--test_batch", 4)

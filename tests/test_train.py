@@ -171,13 +171,13 @@ def test_another_process_gets_the_same_numbers(data, tmp_path, baseline):
 LIVE = {
     "lr": 0.01, "t": 0.3, "low_dim": 8, "mu": 2.0, "alpha": 0.2, "rim": 1.0, "recon": 1.0, "ml": 0.1, "n_cluster": 6,
     "neg_m": 3, "seed": 4, "batch_size": 6, "positives": "nn", "pseudo_labels": "kmeans", "recon_target": "image",
-    "precision": "bf16",
+    "precision": "bf16", "pool": "gem", "layers": "layer2,layer3", "head_init": "pca",
 }  # fmt: skip
 SHOWN_ELSEWHERE = {
     "n_epoch", "interval", "test_batch", "log_dir", "checkpoint_dir", "model_name", "config", "resume", "overwrite",
     "checkpoint_every_steps", "deterministic", "workers", "dataset",
     "data_dir", "image_size", "backbone", "weights", "device", "data_on", "kmeans_engine",
-    "eval_memory_mb", "compile", "help",
+    "eval_memory_mb", "compile", "help", "flip_eval",
 }  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def test_test_batch_is_the_batch_of_evaluation(data, tmp_path, baseline, monkeyp
     from models import CBSwR
 
     sizes, features = [], CBSwR.features
-    monkeypatch.setattr(CBSwR, "features", lambda self, x: sizes.append(len(x)) or features(self, x))
+    monkeypatch.setattr(CBSwR, "features", lambda self, x, flip: sizes.append(len(x)) or features(self, x, flip))
     done = trained(data, tmp_path, test_batch=7)
     assert sizes == [7, 7, 7, 3]
     assert same_weights(done, baseline)

@@ -17,6 +17,7 @@ LARGEST_REAL = 1e30  # far from where float32 ends
 LARGEST_MEMORY = 2**24  # MiB
 LONGEST_NAME = 200  # bytes of a folder's name, which is part of longer file names; file systems take 255
 LARGEST_CONFIG = 2**20  # bytes
+POOLS = ("avg", "gem", "max")
 # the names of models.BACKBONES, which takes seconds to import
 BACKBONE_NAMES = (
     "googlenet",
@@ -104,6 +105,27 @@ def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
     return content
+
+
+def add_pooling(group: argparse._ArgumentGroup, default: str) -> None:
+    """Add --layers and --pool (see `models.pooling.Pooling`); `default` says what no --layers means."""
+    group.add_argument("--layers", metavar="NAME[,NAME]", help="stages of the backbone whose pooled features are "
+                       f"joined, such as layer3,layer4 ({default})")  # fmt: skip
+    group.add_argument("--pool", metavar="KIND[,KIND]", default="avg", help="how maps are pooled, for all "
+                       f"layers or each: one of {', '.join(POOLS)}; gem: the generalised mean of power 3")  # fmt: skip
+
+
+def refuse_network_options(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit with an error where options of a frozen backbone are given beside a checkpoint."""
+    for option in ("weights", "layers", "pool"):
+        if args.checkpoint_path and option in args.given:
+            parser.error(f"--{option} goes with --backbone; a checkpoint brings its own {option}")
+
+
+def add_flip(group: argparse._ArgumentGroup) -> None:
+    """Add --flip_eval."""
+    group.add_argument("--flip_eval", action="store_true", help="average the features of image and mirror image: "
+                       "better, and twice the work; say so beside the scores")  # fmt: skip
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

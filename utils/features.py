@@ -19,12 +19,17 @@ def network_autocast(device: torch.device | str, precision: str) -> torch.autoca
 
 @torch.inference_mode()
 def extract_features(
-    model: Any, batches: Iterable[Tensor], precision: str = "fp32", processes: Processes = ALONE
+    model: Any,
+    batches: Iterable[Tensor],
+    precision: str = "fp32",
+    processes: Processes = ALONE,
+    flip: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Pooled features (N, C) and embeddings (N, D) of all images, of unit length, float32 on the CPU.
 
     batches: uint8 RGB tensors (b, H, W, 3); of several processes each brings every count-th batch, beginning with
     number `rank`, and all get all rows, bit for bit those of one. The model's training mode is restored afterwards.
+    flip: the pooled features are the average of the image's and its mirror image's (see `CBSwR.features`).
     Raises DivergedError when a feature is not finite, as in a network whose training diverged.
     """
     device = next(model.parameters()).device
@@ -34,7 +39,7 @@ def extract_features(
     try:
         for batch in batches:
             with network_autocast(device, precision):
-                parts = model.features(model.normalization(batch.to(device, non_blocking=True)))
+                parts = model.features(model.normalization(batch.to(device, non_blocking=True)), flip)
             pooled.append(parts[0].float().cpu())
             embeddings.append(parts[1].float().cpu())
     finally:

@@ -1,0 +1,50 @@
+"""A closed-form start of the embedding head: PCA or half-whitening of the pooled features of the training images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.cbswr import CBSwR
+from utils.errors import UserError
+
+SMALLEST = 1e-5  # of the largest singular value; directions below it are noise
+
+
+def check_directions(low_dim: int, available: int, images: int, channels: int) -> None:
+    """Raise UserError where low_dim is more than the `available` directions of pooled features (images, channels)."""
+    if low_dim > available:
+        raise UserError(f"--low_dim {low_dim}: the pooled features of {images} images have {available} directions of "
+                        f"{channels} only; give at most {available}, pool more layers, or use --head_init "
+                        "random")  # fmt: skip
+
+
+@torch.no_grad()
+def closed_form_head(pooled: Tensor, low_dim: int, kind: str) -> tuple[Tensor, Tensor]:
+    """The linear map of pooled features (N, C) to low_dim dimensions that needs no labels: weight (D, C), bias (D,).
+
+    "pca": the features minus their mean, along the principal directions. "whiten": the same, each direction divided by
+    the square root of its singular value, half of the way to whitening: directions that all images share weigh less
+    than their variance has them, noise less than whitening would. Both float32, computed in float64 from the covariance
+    and scaled so that the rows of the result have a mean square length of 1; the sign of a direction is that of its
+    largest weight. Raises UserError where the features have fewer than low_dim directions of their own.
+    """
+    x = pooled.double().cpu()
+    mean = x.mean(0)
+    squares, directions = torch.linalg.eigh((x - mean).T @ (x - mean))  # ascending
+    singular = squares.clamp(min=0).sqrt().flip(0)
+    rank = int((singular > SMALLEST * singular[0]).sum())
+    check_directions(low_dim, rank, *x.shape)
+    weight = directions.T.flip(0)[:low_dim]  # (D, C)
+    weight = weight * weight.gather(1, weight.abs().argmax(1, keepdim=True)).sign()
+    if kind == "whiten":
+        weight = weight / singular[:low_dim, None].sqrt()
+    weight = weight / ((x - mean) @ weight.T).square().sum(1).mean().sqrt()
+    return weight.float(), -(weight @ mean).float()
+
+
+@torch.no_grad()
+def start_head(model: CBSwR, weight: Tensor, bias: Tensor) -> None:
+    """Give the embedding head of `model` its closed form, see `closed_form_head`."""
+    model.feat_ext[0].weight.copy_(weight)
+    model.feat_ext[0].bias.copy_(bias)
