@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING
 
 from utils.arguments import (
     BACKBONE_NAMES,
+    LARGEST_SEED,
     Parser,
     add_flip,
     add_pooling,
     folder_name,
     name_of,
+    path_name,
     refuse_network_options,
     whole,
 )
 from utils.errors import UserError, run_script
+from utils.files import check_target
 from utils.process import place, share_cores
 from utils.progress import progress
 
@@ -38,31 +41,41 @@ def make_parser() -> Parser:
     """The options, named as those of test.py."""
     p = Parser(description="Embed a folder of images, or a pre-processed data set.")
     g = p.add_argument_group("what to embed (one of the two)")
-    g.add_argument("--images", metavar="DIR", help="a folder of images; those below it count, hidden ones do not")
+    g.add_argument(
+        "--images", type=path_name, metavar="DIR", help="a folder of images; those below it count, hidden ones do not"
+    )
     g.add_argument("--dataset", type=folder_name, help="a pre-processed data set: cub200, my_set, ...")
     g.add_argument("--split", type=name_of(("all", "training", "validation")), default="all", help="of --dataset")
-    g.add_argument("--data_dir", default="data", help="the folder that holds <dataset>/")
+    g.add_argument("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
     g.add_argument("--image_size", type=whole(8), help="of --images: the side that they are squashed to (default: the "
                    f"checkpoint's, or {DEFAULT_SIZE}); of --dataset: which size, if there are several")  # fmt: skip
     g.add_argument("--skip_bad", action="store_true", help="leave unreadable images out and list them in FILE.json")
     g = p.add_argument_group("by which network (one of the two)")
-    g.add_argument("--checkpoint_path", metavar="FILE", help="a checkpoint, or a run's folder: its embedding")
+    g.add_argument(
+        "--checkpoint_path", type=path_name, metavar="FILE", help="a checkpoint, or a run's folder: its embedding"
+    )
     g.add_argument("--backbone", type=name_of(BACKBONE_NAMES),
                    help=f"a frozen backbone, its pooled features: one of {', '.join(BACKBONE_NAMES)}")  # fmt: skip
-    g.add_argument("--weights", default="auto", help="auto (usual ImageNet weights), none (random), or a file")
+    g.add_argument(
+        "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
+    )
     add_pooling(g, "default: the last; a checkpoint brings its own")
     add_flip(g)
-    g.add_argument("--seed", type=whole(0), default=0, help="of --weights none")
+    g.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, help="of --weights none")
     g = p.add_argument_group("output")
-    g.add_argument("--out", metavar="FILE.npy", help="the embeddings, rows of unit length; FILE.csv and FILE.json come "
+    g.add_argument("--out", type=path_name, metavar="FILE.npy",
+                   help="the embeddings, rows of unit length; FILE.csv and FILE.json come "
                    "with it; interrupted, the same command goes on")  # fmt: skip
-    g.add_argument("--onnx", metavar="FILE", help="instead: write the network itself, for centre crops of images of "
+    g.add_argument("--onnx", type=path_name, metavar="FILE",
+                   help="instead: write the network itself, for centre crops of images of "
                    "--image_size; needs no images")  # fmt: skip
     g.add_argument("--half", action="store_true", help="float16 instead of float32")
     g.add_argument("--overwrite", action="store_true", help="begin anew where a file of that name lies")
     g = p.add_argument_group("machine")
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch")
-    g.add_argument("--workers", type=whole(0), default=2, help="threads that read images ahead; changes speed alone")
+    g.add_argument(
+        "--workers", type=whole(0, 1024), default=2, help="threads that read images ahead; changes speed alone"
+    )
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
     g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32", help="of the network")
     return p
@@ -84,12 +97,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     target = args.onnx or args.out
     if target is None:
         parser.error("give --out FILE.npy")
-    if not args.onnx and not target.endswith(".npy"):
-        parser.error(f"--out {target}: the name must end in .npy")
-    if Path(target).is_dir():
-        parser.error(f"{target}: is a folder; give the name of a file")
-    if not Path(target).absolute().parent.is_dir():
-        parser.error(f"{target}: its folder does not exist; make it first")
+    try:
+        check_target(target, "" if args.onnx else ".npy")
+    except UserError as error:
+        parser.error(str(error))
     here = place()
     if here is not None and here.count > 1:
         parser.error("runs as one process; start it without torchrun")

@@ -8,13 +8,13 @@ if __name__ == "__main__":
     interrupt_in_one_line()  # the imports below take a while
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.arguments import Parser, name_of, whole
+from utils.arguments import LARGEST_MEMORY, Parser, name_of, path_name, whole
 from utils.errors import UserError, run_script
+from utils.files import check_target
 from utils.process import share_cores
 from utils.progress import progress
 
@@ -25,8 +25,12 @@ if TYPE_CHECKING:  # --help does not wait for these
 def make_parser() -> Parser:
     """The options, named as those of embed.py and test.py."""
     p = Parser(description="Find the images of an embeddings file that are most like some query images.")
-    p.add_argument("--embeddings", metavar="FILE.npy", help="made by embed.py; its network embeds the queries, too")
-    p.add_argument("--query", nargs="+", default=[], metavar="PATH", help="images, and folders of images")
+    p.add_argument(
+        "--embeddings", type=path_name, metavar="FILE.npy", help="made by embed.py; its network embeds the queries, too"
+    )
+    p.add_argument(
+        "--query", nargs="+", type=path_name, default=[], metavar="PATH", help="images, and folders of images"
+    )
     p.add_argument("--k", type=whole(1), default=10, help="hits for each query; the query itself is no hit")
     g = p.add_argument_group("search")
     g.add_argument("--index", type=name_of(("exact", "ivf", "hnsw")), default="exact",
@@ -34,14 +38,23 @@ def make_parser() -> Parser:
                    "measured and printed")  # fmt: skip
     g.add_argument("--nprobe", type=whole(1), default=16, help="of --index ivf: cells looked into; more find more")
     g.add_argument("--ef_search", type=whole(1), default=64, help="of --index hnsw: candidates kept; more find more")
-    g.add_argument("--eval_memory_mb", type=whole(1), default=512, help="MiB for the search beside the embeddings")
+    g.add_argument(
+        "--eval_memory_mb", type=whole(1, LARGEST_MEMORY), default=512, help="MiB for the search beside the embeddings"
+    )
     g = p.add_argument_group("output")
-    g.add_argument("--json", metavar="FILE", help="write the hits as JSON")
-    g.add_argument("--sheet", metavar="FILE.png", help="draw queries, each with its hits to the right")
+    g.add_argument("--json", type=path_name, metavar="FILE", help="write the hits as JSON")
+    g.add_argument("--sheet", type=path_name, metavar="FILE.png", help="draw queries, each with its hits to the right")
     g = p.add_argument_group("machine")
-    g.add_argument("--checkpoint_path", metavar="FILE", help="where the network's checkpoint is now, if it was moved")
+    g.add_argument(
+        "--checkpoint_path",
+        type=path_name,
+        metavar="FILE",
+        help="where the network's checkpoint is now, if it was moved",
+    )
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch")
-    g.add_argument("--workers", type=whole(0), default=2, help="threads that read images ahead; changes speed alone")
+    g.add_argument(
+        "--workers", type=whole(0, 1024), default=2, help="threads that read images ahead; changes speed alone"
+    )
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
     return p
 
@@ -55,13 +68,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for option, index in (("nprobe", "ivf"), ("ef_search", "hnsw")):
         if option in args.given and args.index != index:
             parser.error(f"--{option} goes with --index {index}")
-    for target in filter(None, (args.json, args.sheet)):
-        if Path(target).is_dir():
-            parser.error(f"{target}: is a folder; give the name of a file")
-        if not Path(target).absolute().parent.is_dir():
-            parser.error(f"{target}: its folder does not exist; make it first")
-    if args.sheet and not args.sheet.endswith(".png"):
-        parser.error(f"--sheet {args.sheet}: the name must end in .png")
+    try:
+        for target, ending in ((args.json, ""), (args.sheet, ".png")):
+            if target:
+                check_target(target, ending)
+    except UserError as error:
+        parser.error(str(error))
     return args
 
 
@@ -168,12 +180,11 @@ def shown(path: str) -> str:
 
 def write_outputs(args: argparse.Namespace, answers: list[dict]) -> None:
     """The files asked for, each written whole."""
-    from utils.files import written_whole
+    from utils.files import write_json, written_whole
     from utils.sheets import MOST_ROWS, contact_sheet
 
     if args.json:
-        with written_whole(args.json) as path:
-            path.write_text(json.dumps(answers, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, answers)
     if args.sheet:
         if len(answers) > MOST_ROWS:
             print(f"{args.sheet}: shows the first {MOST_ROWS} of {len(answers)} queries")

@@ -8,7 +8,6 @@ if __name__ == "__main__":
     interrupt_in_one_line()  # the imports below take a while
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from utils.arguments import (
     whole,
 )
 from utils.errors import UserError, run_script
-from utils.files import check_writable
+from utils.files import check_target
 from utils.process import share_cores
 from utils.progress import progress
 from utils.runs import run_folder
@@ -88,8 +87,6 @@ def main(argv: list[str] | None = None) -> int:
         check_targets(args)
     except UserError as error:
         parser.error(str(error))  # once on a machine of many processes
-    if args.save_embeddings and not args.save_embeddings.endswith(".npy"):
-        parser.error(f"--save_embeddings {args.save_embeddings}: the name must end in .npy")
     share_cores()
     import models  # noqa: F401  # and torch: slow, so before StopRequest takes over
     from utils.distributed import joined
@@ -146,15 +143,11 @@ def check_targets(args) -> None:
     given = Path(args.checkpoint_path or args.weights)
     read = [os.path.realpath(path) for path in (given, run_folder(given) / "best.pth")]
     for target in filter(None, (args.json, args.save_embeddings)):
-        path = Path(os.path.realpath(target))
-        if path.is_dir():
-            raise UserError(f"{target}: is a folder; give the name of a file")
-        if not path.parent.is_dir():
-            raise UserError(f"{target}: its folder does not exist; make it first")
-        check_writable(path.parent, "choose another place for the file")
-        if str(path) in read:
+        check_target(target, ".npy" if target == args.save_embeddings else "")
+        path = os.path.realpath(target)
+        if path in read:
             raise UserError(f"{target}: is read and would be overwritten; choose another name for what is written")
-        read.append(str(path))
+        read.append(path)
 
 
 def check_split(args, split) -> None:
@@ -176,14 +169,13 @@ def write_outputs(args, features, result: dict) -> None:
     """The files asked for, each written whole."""
     import numpy as np
 
-    from utils.files import written_whole
+    from utils.files import write_json, written_whole
 
     if args.save_embeddings:
         with written_whole(args.save_embeddings) as path, open(path, "wb") as file:
             np.save(file, features.numpy())
     if args.json:
-        with written_whole(args.json) as path:
-            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, result)
 
 
 def print_result(result: dict) -> None:

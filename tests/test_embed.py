@@ -257,6 +257,10 @@ def test_unreadable_images(execute, checkpoint, photos, tmp_path):
     (["--dataset", "a", "--checkpoint_path", "b", "--out", "c.npy", "--skip_bad"], "--skip_bad goes with --images"),
     (["--images", "no", "--backbone", "resnet_small", "--weights", "none", "--out", "c.npy"], "no: no such folder"),
     (["--image", "a"], "did you mean --images?"),
+    (["--images", ""], "--images: expected a path, got ''"),
+    (["--images", "a", "--backbone", "resnet18", "--seed", 2**32], "--seed: must be at most 4294967295"),
+    (["--images", "a", "--backbone", "resnet18", "--workers", 1025], "--workers: must be at most 1024"),
+    (["--images", "a", "--checkpoint_path", "b", "--layers", "layer3"], "--layers goes with --backbone"),
 ])  # fmt: skip
 def test_embed_refuses(execute, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import sync_folder, written_whole
+from utils.files import lock_open_file, sync_folder, write_json
 
 SAVE_EVERY = 2.0  # seconds; what is lost when the process is killed outright
 SOURCE = ("source", "images")  # what is embedded; all other facts are about how
@@ -88,7 +88,7 @@ class EmbeddingWriter:
             file.flush()
             os.fsync(file.fileno())
         state = {**self.facts, "unreadable": self.unreadable, "progress": [self.images, self.rows, self._table.tell()]}
-        _write_json(self.parts["json"], state)
+        write_json(self.parts["json"], state)
         self._saved = time.monotonic()
 
     def finish(self) -> None:
@@ -103,7 +103,7 @@ class EmbeddingWriter:
         self.names["json"].unlink(missing_ok=True)
         for kind in ("npy", "csv"):
             os.replace(self.parts[kind], self.names[kind])
-        _write_json(self.names["json"], {**self.facts, "rows": self.rows, "unreadable": self.unreadable})
+        write_json(self.names["json"], {**self.facts, "rows": self.rows, "unreadable": self.unreadable})
         self.parts["json"].unlink(missing_ok=True)
         sync_folder(self.names["npy"].parent)
 
@@ -149,16 +149,9 @@ class EmbeddingWriter:
                 raise UserError(f"{file}: not of this network and these images: {what}; {advice}")
 
     def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            return
-        try:
-            fcntl.flock(self._out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.names['npy']}: another process is writing it; choose another --out") from None
-        except OSError:  # a file system without locks
-            return
+        if not lock_open_file(self._out.fileno()):
+            self._out.close()
+            raise UserError(f"{self.names['npy']}: another process is writing it; choose another --out")
 
     def _header(self, rows: int) -> bytes:
         """The start of the .npy file; its length is the same for every number of rows."""
@@ -201,11 +194,6 @@ def _csv_lines(rows: Sequence[Sequence[str]]) -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode("utf-8", errors="surrogateescape")
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with written_whole(path) as beside:
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict:

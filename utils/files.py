@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from utils.errors import UserError
 
@@ -33,6 +35,40 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write `content` as indented JSON, whole (see `written_whole`)."""
+    with written_whole(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_target(target: str, ending: str = "") -> None:
+    """Raise UserError unless a file can be written under the name `target`, which is to end in `ending`."""
+    path = Path(os.path.realpath(target))
+    if path.is_dir():
+        raise UserError(f"{target}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{target}: its folder does not exist; make it first")
+    if not target.endswith(ending):
+        raise UserError(f"{target}: the name must end in {ending}")
+    check_writable(path.parent, "choose another place for the file")
+
+
+def lock_open_file(handle: int) -> bool:
+    """Take the lock of an open file or folder until it is closed; False if another process has it.
+
+    True without a lock where the system or the file system has none.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 def check_writable(folder: Path, advice: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import sync_folder, written_whole
+from utils.files import lock_open_file, sync_folder, written_whole
 from utils.process import is_first
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pth", "best.pth"
@@ -69,20 +68,11 @@ class RunFolder:
 
     def lock(self) -> None:
         """Keep other processes from the folder until `close`; UserError if one holds it."""
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            return
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"{self.path}: another process is training in this folder; wait for it or stop it, or "
-                                f"choose another --model_name") from None  # fmt: skip
-        else:  # any other fault: a file system without locks
-            self._lock = handle
+        self._lock = os.open(self.path, os.O_RDONLY)
+        if not lock_open_file(self._lock):
+            self.close()
+            raise UserError(f"{self.path}: another process is training in this folder; wait for it or stop it, or "
+                            f"choose another --model_name")  # fmt: skip
 
     def close(self) -> None:
         """Give the folder free."""
