@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from scripts import run_in_process
+from synthetic import write_dataset
+
+from benchmarks import closed_form
+from models import build_model
 
 
 @pytest.mark.parametrize("name", ["recall", "kmeans", "growth", "train_step", "pre_process", "scaling"])
@@ -24,3 +30,40 @@ def test_tiny_run(name: str, root: Path, tmp_path: Path) -> None:
 def test_tables_are_those_of_the_measured_figures(root: Path) -> None:
     done = subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_closed_form_table_has_the_scores_of_train_and_test(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", "toy", count=40)
+    network = [
+        "--dataset",
+        "toy",
+        "--data_dir",
+        str(tmp_path / "data"),
+        "--backbone",
+        "resnet_small",
+        "--device",
+        "cpu",
+    ]
+    weights = ["--weights", str(tmp_path / "w.pth")]
+    torch.manual_seed(3)
+    torch.save(build_model("resnet_small").base_model.state_dict(), tmp_path / "w.pth")
+    assert closed_form.main([*network, *weights, "--dims", "12", "--out_dir", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "closed_form_toy_32px_resnet_small.json").read_text())["rows"]
+    assert len(found) == 4 * 2 * 3  # poolings, mirror image, heads
+
+    def row(**wanted: object) -> dict:
+        (one,) = [one for one in found if wanted.items() <= one.items()]
+        return one
+
+    given = ["--head_init", "whiten", "--low_dim", "12", "--layers", "layer2,layer3", "--pool", "gem", "--flip_eval"]
+    run = ["--n_epoch", "0", "--batch_size", "4", "--n_cluster", "4", "--checkpoint_dir", str(tmp_path)]
+    assert run_in_process("train.py", *network, *weights, *given, *run, "--model_name", "m").code == 0
+    trained = json.loads((tmp_path / "m" / "metrics.jsonl").read_text())
+    ours = row(pooling="gem of layer2 + gem of layer3", flip_eval=True, head="whiten", dimension=12)
+    assert [ours[name] for name in closed_form.SCORES] == pytest.approx([trained[name] for name in closed_form.SCORES])
+    assert run_in_process("test.py", *network, *weights, "--json", tmp_path / "frozen.json").code == 0
+    frozen = json.loads((tmp_path / "frozen.json").read_text())
+    ours = row(pooling="avg", flip_eval=False, head="frozen")
+    assert [ours[name] for name in closed_form.SCORES] == pytest.approx([frozen[name] for name in closed_form.SCORES])
+    lines = (tmp_path / "closed_form_toy_32px_resnet_small.md").read_text().splitlines()
+    assert len(lines) == 2 + 24 and lines[2].startswith("| avg |  | frozen | 128 |")
