@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -33,14 +34,13 @@ class ParquetImage(NamedTuple):
 
 def open_parquet(file: Path) -> Any:
     """The `pyarrow.parquet.ParquetFile`; `UserError` where pyarrow is missing, or the file or one of its columns."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # others reserve memory that no limit sees
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(
             f"{file}: parquet files are read by pyarrow: pip install pyarrow, or use another copy"
         ) from None
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the default one reserves more than the limit at once
     with reading(file):
         opened = pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER)
     columns = opened.schema_arrow.names
