@@ -185,6 +185,13 @@ def test_a_file_that_changes_between_attempts(server, archive, cub, etag, tmp_pa
     assert server.ranges() == ([None, "bytes=100000-"] if etag else [None, "bytes=100000-", None])
 
 
+def test_a_file_that_grew_is_known_by_its_length(server, archive, cub, tmp_path):
+    url = server.put("/a", bytes(150_000), most=[100_000], etag=None, then=Served(archive, etag=None))
+    done = cub(tmp_path, [url], digests=published(archive)["digests"])
+    assert done.code == 0 and "another part than was asked for, or of another file" in done.out
+    arrived(tmp_path / "cub200")
+
+
 def test_a_shorter_file_takes_the_place_of_a_longer_one(server, archive, cub, tmp_path):
     url = server.put("/a", archive * 3, most=[2 * len(archive)], then=Served(archive))
     assert cub(tmp_path, [url]).code == 0  # answers 416
@@ -259,10 +266,10 @@ def test_wrong_bytes_are_thrown_away(server, archive, cub, tmp_path):
     arrived(tmp_path / "a" / "cub200")
     failed(cub(tmp_path / "b", [bad], **published(archive)), "its MD5 is")
     assert not list((tmp_path / "b" / "cub200").iterdir())
-    server.put("/bad", wrong, most=[1000])  # in two pieces: asked for once more, then never again
+    server.put("/bad", wrong, most=[1000, 10**9] * 3)  # in two pieces: asked for once more, then never again
     asked = len(server.asked)
     failed(cub(tmp_path / "b", [bad], **published(archive)), "its MD5 is")
-    assert server.ranges()[asked:] == [None, "bytes=1000-", None]
+    assert server.ranges()[asked:] == [None, "bytes=1000-"] * 2
 
 
 LIES = {

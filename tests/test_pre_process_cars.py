@@ -243,16 +243,18 @@ def test_pyarrow_is_asked_for_only_where_it_is_needed(tmp_path, monkeypatch):
 
 
 def test_a_parquet_file_that_claims_a_huge_page_is_refused(tmp_path):
-    """One of 140 MB that compresses well; its header is changed to say that it unpacks to 2 GB."""
+    """One of 3 MB; its header is changed to say that it unpacks to 134 MB, of which 50 MB are allowed."""
     make_cars_parquet(tmp_path / "car196")
-    write_parquet(tmp_path / "car196", {"image": [b"x" * 140_000_000], "label": [7]})
+    write_parquet(tmp_path / "car196", {"image": [b"x" * 3_000_000], "label": [7]})
     path = tmp_path / "car196" / "data" / "test-00000-of-00001.parquet"
-    content, size = path.read_bytes(), varint(2 * 140_000_010)  # as Thrift's compact protocol writes it
-    assert len(content) < 10**7 and content.startswith(b"PAR1\x15\x00\x15" + size)
-    path.write_bytes(content.replace(size, varint(2 * (2**31 - 1)), 1))
-    argv = [sys.executable, ROOT / "pre_process" / "pre_process_car196.py", "--data_dir", tmp_path, "--workers", "1"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and f"{path}: claims more than 1000 MB; download it again" in done.stderr, done
+    content, size = path.read_bytes(), varint(2 * 3_000_010)  # as Thrift's compact protocol writes it
+    assert content.startswith(b"PAR1\x15\x00\x15" + size)
+    path.write_bytes(content.replace(size, varint(2 * (2**27 - 1)), 1))
+    code = "import sys; from pre_process import image_arrays, parquet_images, pre_process_car196; "
+    code += "parquet_images.MOST_MEMORY = 50 * 10**6; image_arrays.run(pre_process_car196.main)"
+    argv = [sys.executable, "-c", code, "--data_dir", tmp_path, "--workers", "1"]  # with memory of its own
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"{path}: claims more than 50 MB; download it again" in done.stderr, done
 
 
 def varint(number: int) -> bytes:

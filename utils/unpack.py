@@ -72,7 +72,7 @@ def write_entries(archive: Path, staging: Path) -> None:
     reader = zip_entries if start == b"PK\x03\x04" else tar_entries if start[:2] == b"\x1f\x8b" else None
     if reader is None:
         raise UnpackError("is no .zip and no .tgz archive")
-    written, count = 0, 0
+    count = 0
     bar = tqdm(desc=f"unpacking {archive.name}", unit="B", unit_scale=True, leave=False, disable=None)
     try:
         with bar:
@@ -80,8 +80,7 @@ def write_entries(archive: Path, staging: Path) -> None:
                 count += 1
                 if count > MOST_ENTRIES:
                     raise UnpackError(f"holds more than {MOST_ENTRIES:,} files")
-                size = write_entry(entry, staging, limit - written)
-                written += size
+                size = write_entry(entry, staging)
                 bar.update(size)
     except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, ValueError,
             NotImplementedError, RuntimeError) as error:  # fmt: skip
@@ -90,8 +89,8 @@ def write_entries(archive: Path, staging: Path) -> None:
         raise UnpackError("is empty")
 
 
-def write_entry(entry: Entry, staging: Path, most: int) -> int:
-    """Write one entry, of at most `most` bytes; its size."""
+def write_entry(entry: Entry, staging: Path) -> int:
+    """Write one entry; its size, which the reader of the archive bounds."""
     path, name = staging.joinpath(*entry.parts), "/".join(entry.parts)
     try:
         (path if entry.content is None else path.parent).mkdir(parents=True, exist_ok=True)
@@ -107,10 +106,7 @@ def write_entry(entry: Entry, staging: Path, most: int) -> int:
     size = 0
     with out:
         while chunk := entry.content.read(CHUNK):
-            size += len(chunk)
-            if size > most:
-                raise too_large()
-            out.write(chunk)
+            size += out.write(chunk)
     return size
 
 
