@@ -25,7 +25,7 @@ from raw_folders import (
 from scipy.io import loadmat
 from scripts import ROOT, Outcome, failed, run_in_process
 
-from pre_process import image_arrays
+from pre_process import image_arrays, parquet_images
 from pre_process import pre_process_car196 as cars
 from utils.errors import UserError
 
@@ -113,6 +113,7 @@ def test_names_of_classes_are_told_apart():
     assert len(names) == len(cars.class_of()) == 196 and names[173] == CAR_NAMES[174]
     for name in ("Ram C/V Cargo Van Minivan 2012", "Ram C-V Cargo Van Minivan 2012", "ram c_v cargo van minivan 2012"):
         assert cars.named_class(name, "x") == 174
+    assert cars.named_class("Acura TL Type-S 2008", "x") == 4  # 5 by the alphabet
     with pytest.raises(UserError, match="x: 'Ram' is none of the 196 classes"):
         cars.named_class("Ram", "x")
 
@@ -231,6 +232,13 @@ def test_a_copy_that_will_not_do(fault, tmp_path):
     failed(done._replace(err=lines[-1]), *words, script="pre_process_car196.py")
     assert all(line.startswith("note: ") for line in lines[:-1])
     assert not (tmp_path / "arrays").exists()
+
+
+def test_cells_are_read_forwards_and_back(tmp_path):
+    write_parquet(tmp_path, {"image": [b"%d" % n for n in range(40)], "label": list(range(40))}, "a.parquet")
+    cells = parquet_images.Cells(tmp_path / "a.parquet", 0)
+    for row in (0, 39, 20, 21, 0):
+        assert cells.get(row) == b"%d" % row
 
 
 def test_pyarrow_is_asked_for_only_where_it_is_needed(tmp_path, monkeypatch):
