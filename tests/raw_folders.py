@@ -48,3 +48,80 @@ def replace_line(file: Path, number: int, line: str) -> None:
     lines = file.read_text().splitlines()
     lines[number - 1] = line
     file.write_text("\n".join(lines) + "\n")
+
+
+# the copies of Cars196 that are in use hold these images: (part, number, class); both halves and both parts
+CAR_COPY = [("train", 1, 99), ("train", 2, 1), ("train", 3, 174), ("test", 1, 98), ("test", 2, 196), ("test", 3, 1)]
+CAR_NAMES = {
+    1: "AM General Hummer SUV 2000", 98: "Eagle Talon Hatchback 1998", 99: "FIAT 500 Abarth 2012",
+    174: "Ram C/V Cargo Van Minivan 2012", 196: "smart fortwo Convertible 2012",
+}  # fmt: skip
+
+
+def car_photo(part: str, number: int, file: Path) -> Path:
+    """The image `number` of a part, the same in every layout."""
+    save_photo(file, seed=100 * (part == "test") + number, size=(40, 20 + number))
+    return file
+
+
+def save_annotations(file: Path, rows: list[tuple[str, object]], fields: tuple[str, ...] = ("fname", "class")) -> None:
+    """The struct `annotations` of the development kit's files."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    annotations = np.empty((1, len(rows)), dtype=[(name, object) for name in ("bbox_x1", *fields)])
+    for n, row in enumerate(rows):
+        annotations[0, n] = (7, *row[: len(fields)])
+    savemat(file, {"annotations": annotations})
+
+
+def make_cars_devkit(folder: Path, inner: bool = True, kit: str = "car_devkit/devkit") -> Path:
+    """cars_train/ and cars_test/, doubled as on Kaggle (`inner`), and the development kit's annotations."""
+    for part in ("train", "test"):
+        images = folder / f"cars_{part}" / f"cars_{part}" if inner else folder / f"cars_{part}"
+        rows = [(f"{n:05d}.jpg", label) for of, n, label in CAR_COPY if of == part]
+        for name, _ in rows:
+            car_photo(part, int(name[:5]), images / name)
+        save_annotations(folder / kit / f"cars_{part}_annos.mat", rows, ("fname", "class")[: 1 + (part == "train")])
+    save_annotations(folder / "cars_test_annos_withlabels.mat", rows)
+    return folder
+
+
+def make_cars_classes(
+    folder: Path, ram: str = "Ram C-V Cargo Van Minivan 2012", inside: str = "car_data/car_data"
+) -> Path:
+    """train/ and test/ with a folder for each class."""
+    for part, n, label in CAR_COPY:
+        car_photo(part, n, folder / inside / part / (ram if label == 174 else CAR_NAMES[label]) / f"{n:05d}.jpg")
+    (folder / "names.csv").write_text("AM General Hummer SUV 2000\n")
+    return folder
+
+
+def make_cars_parquet(
+    folder: Path, names: str = "official", in_text: bool = False, inside: str = "data", plain: bool = False
+) -> Path:
+    """Parquet files as Hugging Face's library writes them: train in two pieces, test, and a distorted test.
+
+    names: beside the labels, "official", "alphabetical" or "" for none; in_text: labels are names of classes;
+    plain: the image column holds bytes, not structs.
+    """
+    import json
+
+    import pyarrow
+    import pyarrow.parquet
+
+    official = (Path(__file__).parents[1] / "pre_process" / "car196_classes.txt").read_text().splitlines()
+    listed = sorted(official, key=str.lower) if names == "alphabetical" else official
+    (folder / inside).mkdir(parents=True, exist_ok=True)
+    train, test = ([item for item in CAR_COPY if item[0] == part] for part in ("train", "test"))
+    pieces = {"train-00000-of-00002": train[:2], "train-00001-of-00002": train[2:], "test-00000-of-00001": test,
+              "contrast-00000-of-00001": test}  # fmt: skip
+    for name, rows in pieces.items():
+        images = [car_photo(part, n, folder / "made.jpg").read_bytes() for part, n, _ in rows]
+        labels = [official[label - 1] if in_text else listed.index(official[label - 1]) for _, _, label in rows]
+        cells = images if plain else [{"bytes": image, "path": f"{n}.jpg"} for n, image in enumerate(images)]
+        table = pyarrow.table({"image": cells, "label": labels})
+        if names and not in_text:
+            features = {"image": {"_type": "Image"}, "label": {"names": listed, "_type": "ClassLabel"}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pyarrow.parquet.write_table(table, folder / inside / f"{name}.parquet", row_group_size=2)
+    (folder / "made.jpg").unlink()
+    return folder

@@ -35,7 +35,12 @@ class TooSlow(BaseException):
 
 def path_of(script: str) -> Path:
     """The file of a script, from its plain name: `train.py`, `pre_process_cub200.py`."""
-    return ROOT / "pre_process" / script if script.startswith("pre_process") else ROOT / script
+    return ROOT / "pre_process" / script if is_pre_processing(script) else ROOT / script
+
+
+def is_pre_processing(script: str) -> bool:
+    """Whether a script is one of the folder pre_process/."""
+    return script.startswith("pre_process") or script == "download.py"
 
 
 @cache
@@ -54,7 +59,7 @@ def run_in_process(script: str, *argv: object, seconds: float = 60) -> Outcome:
 
     Anything but an exit, a traceback on a command line, comes out as it is; `TooSlow` after so many seconds.
     """
-    run: Callable = image_arrays.run if script.startswith("pre_process") else run_script
+    run: Callable = image_arrays.run if is_pre_processing(script) else run_script
     out, err = io.StringIO(), io.StringIO()
     main = module_of(script).main
     with process_as_before(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), within(seconds):
