@@ -52,7 +52,7 @@ REMOVED = {
     "--cl": "weighted a loss that the released code did not have; leave it out",
     "--batch_m": "had no effect in the released code; leave it out (--neg_m weights the sums over other clusters)",
 }
-CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps", "nmi"}  # on --resume, with:
+CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps", "nmi"}  # on --resume:
 CHANGEABLE |= {"deterministic", "device", "data_on", "workers", "log_dir", "data_dir", "eval_memory_mb", "compile"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ between machines of one job
 LOSSES = ("loss", "metric", "rim", "reconstruction")
