@@ -61,15 +61,9 @@ def make_sop(folder: Path, each: int = 2) -> Path:
 def make_inshop(folder: Path, each: int = 2, images: str = "Img/img", listed: str = "Eval") -> Path:
     """`each` images of 2 items to train on, `each` queries and gallery images of 3 others, in turns, columns padded."""
     lines = []
-    statuses = {
-        2: ["train"],
-        7982: ["train"],
-        5: ["query", "gallery"],
-        1: ["gallery", "query"],
-        90: ["gallery", "query"],
-    }
+    listed_as = [(2, "train"), (7982, "train"), *((item, role) for item in (5, 1, 90) for role in ("query", "gallery"))]
     for number in range(each):
-        for item, status in ((item, status) for item in statuses for status in statuses[item]):
+        for item, status in listed_as:
             name = f"WOMEN/Dresses/id_{item:08d}/{number + 1:02d}_{len(lines)}_{status}.jpg"
             save_photo(folder / images / name, seed=len(lines), size=(30, 40 + len(lines)))
             lines.append(f"{f'img/{name}':<75}{f'id_{item:08d}':<12} {status}")
