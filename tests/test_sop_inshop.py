@@ -214,7 +214,7 @@ def test_bad_raw_folder(fault, tmp_path):
 
 @pytest.fixture
 def inshop(tmp_path) -> Path:
-    """--data_dir with the arrays of In-shop, 32 px, 16 training and 24 test images."""
+    """--data_dir with the arrays of In-shop, 32 px, 8 training and 24 test images."""
     make_inshop(tmp_path / "raw", each=4)
     (tmp_path / "data").mkdir()
     assert (
