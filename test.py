@@ -1,4 +1,4 @@
-"""Score a checkpoint, or a frozen backbone, on the unseen test classes of a data set: R@1/2/4/8 and NMI."""
+"""Score a checkpoint, or a frozen backbone, on the unseen test classes of a data set: R@K and NMI."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from utils.errors import UserError, run_script
 from utils.files import check_target
 from utils.process import share_cores
 from utils.progress import progress
-from utils.runs import run_folder
+from utils.runs import nmi_remark, recall_titles, run_folder
 
 if TYPE_CHECKING:  # --help does not wait for these
     from utils.distributed import Processes
@@ -57,6 +57,8 @@ def make_parser() -> Parser:
     g.add_argument("--json", type=path_name, metavar="FILE", help="write the scores as JSON")
     g.add_argument("--save_embeddings", type=path_name, metavar="FILE.npy",
                    help="write the embeddings, float32 (N, D), in the order of the labels")  # fmt: skip
+    g.add_argument("--nmi", type=name_of(("on", "off")), default="on",
+                   help="off: leave out NMI and AMI, which take many minutes with thousands of classes")  # fmt: skip
     g.add_argument("--nmi_engine", type=name_of(("auto", "torch", "sklearn", "faiss")), default="auto",
                    help="of the k-means behind NMI; sklearn: 10 independent restarts as the released code ran them, "
                    "many times slower")  # fmt: skip
@@ -83,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     if (args.checkpoint_path is None) == (args.backbone is None):
         parser.error("give either --checkpoint_path, or --backbone (with --weights) for a frozen backbone")
     refuse_network_options(parser, args)
+    if args.nmi == "off" and "nmi_engine" in args.given:
+        parser.error("--nmi_engine goes with --nmi on; leave one of them out")
     try:
         check_targets(args)
     except UserError as error:
@@ -103,7 +107,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     from datasets import center_crops, crop_size, load_split
     from models import Pooling, check_crop_size, load_network
     from utils.devices import choose_device
-    from utils.evaluation import score
+    from utils.evaluation import NMI_CLASSES, recall_ranks, score, why_no_nmi
     from utils.features import extract_features
 
     device = choose_device(args.device, processes)
@@ -124,6 +128,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
         **what,
         "dataset": args.dataset,
         "images": len(split),
+        **({} if split.roles is None else {"queries": int(split.is_query.sum())}),
         "classes": len(set(split.labels.tolist())) if split.labelled else None,
         "image_size": split.image_size,
         "dimension": features.shape[1],
@@ -133,7 +138,11 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
         "device": device.type,
     }
     if split.labelled:
-        result |= score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb, full=True)
+        if args.nmi == "on" and result["classes"] > NMI_CLASSES:
+            print(f"NMI: k-means of {result['classes']} clusters takes minutes (--nmi off leaves it out)", flush=True)
+        result |= score(features.to(device), split.labels, args.seed, args.nmi_engine, args.eval_memory_mb, full=True,
+                        ks=recall_ranks(args.dataset), is_query=split.is_query,
+                        no_nmi=why_no_nmi(args.nmi, result["classes"]))  # fmt: skip
     write_outputs(args, features, result)
     print_result(result)
 
@@ -187,14 +196,15 @@ def print_result(result: dict) -> None:
         flip = ", image and mirror image averaged" if result["flip_eval"] else ""
         print(f"pooled: {result['pooling']}{flip}")
     classes = "without labels" if result["classes"] is None else f"of {result['classes']} unseen classes"
-    print(f"{result['dataset']}: {result['images']} test images {classes}, {result['image_size']} px stored")
+    roles = f" ({result['queries']} queries, the others their gallery)" if "queries" in result else ""
+    print(f"{result['dataset']}: {result['images']} test images{roles} {classes}, {result['image_size']} px stored")
     if result["classes"] is None:
         print("no scores: they need labels")
         return
-    names = {**{f"R@{k}": f"recall@{k}" for k in (1, 2, 4, 8)}, "NMI": "nmi"}
+    names = {**recall_titles(result), "NMI": "nmi"}
     for line in (names, {"MAP@R": "map@r", "R-precision": "r_precision", "AMI": "ami"}):
-        print("  ".join(f"{title} {100 * result[name]:.2f}" for title, name in line.items()))
-    print(f"NMI by {result['nmi_protocol']}")
+        print("  ".join(f"{title} {100 * result[name]:.2f}" for title, name in line.items() if name in result))
+    print(f"{'NMI and AMI' if 'nmi_left_out' in result else 'NMI'} {nmi_remark(result)}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from utils.arguments import (
 from utils.errors import DivergedError, UserError, run_script
 from utils.process import keep_freed_memory, share_cores
 from utils.progress import progress
-from utils.runs import BEST, LAST, RunFolder
+from utils.runs import BEST, LAST, RunFolder, nmi_remark, recall_titles
 
 if TYPE_CHECKING:  # --help does not wait for these
     from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ REMOVED = {
     "--cl": "weighted a loss that the released code did not have; leave it out",
     "--batch_m": "had no effect in the released code; leave it out (--neg_m weights the sums over other clusters)",
 }
-CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps"}  # on --resume, with these:
+CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps", "nmi"}  # on --resume:
 CHANGEABLE |= {"deterministic", "device", "data_on", "workers", "log_dir", "data_dir", "eval_memory_mb", "compile"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ between machines of one job
 LOSSES = ("loss", "metric", "rim", "reconstruction")
@@ -124,6 +124,9 @@ def make_parser() -> Parser:
                    help="MiB for searches for neighbours beside the features; changes speed alone")  # fmt: skip
     g.add_argument("--interval", type=whole(1), default=1, help="evaluate every so many epochs (and after the last)")
     add_flip(g)
+    g.add_argument("--nmi", type=name_of(("auto", "on", "off")), default="auto",
+                   help="whether to compute it; auto: up to 1000 test classes, with more it takes minutes an "
+                   "epoch")  # fmt: skip
     g = p.add_argument_group("run")
     g.add_argument("--model_name", type=folder_name, help="name of the run's folder (default: CBSwR_<DATASET>)")
     g.add_argument(
@@ -530,8 +533,9 @@ def load_run(args: argparse.Namespace, run: RunFolder, images: int) -> dict | No
 def check_data(saved: dict, data: dict, training: Split, validation: Split) -> None:
     """Raise UserError naming the array that is not the one which the run of a checkpoint began with."""
     for name, split in (("training", training), ("validation", validation)):
-        for part, path in (("images", split.path), ("labels", split.label_path)):
-            then, now = (found[name][part].partition(" sha256 ") for found in (saved.get("data") or data, data))
+        for part, path in (("images", split.path), ("labels", split.label_path), ("roles", split.role_path)):
+            both = saved.get("data") or data, data
+            then, now = (found[name].get(part, "no such file").partition(" sha256 ") for found in both)
             if then != now:
                 changed = f"{now[0]}, it was {then[0]}" if now[0] != then[0] else "its content has changed"
                 raise UserError(f"{path}: not the file that the run began with: {changed}; put that back, or start "
@@ -658,15 +662,19 @@ def mean_losses(epoch: EpochUnderWay) -> dict[str, float]:
 
 
 def evaluate(job: Job) -> dict:
-    """R@1/2/4/8 and NMI of the test half, by its embeddings (paper section 4); nothing where it has no labels."""
-    from utils.evaluation import score
+    """R@K and NMI of the test half, by its embeddings (paper section 4); nothing where it has no labels."""
+    from utils.evaluation import recall_ranks, score, why_no_nmi
 
-    if not job.validation.labelled:
+    args, half = job.args, job.validation
+    if not half.labelled:
         return {}
-    _, embeddings = features(job, job.validation, "test features")
+    _, embeddings = features(job, half, "test features")
+    ks, no_nmi = recall_ranks(args.dataset), why_no_nmi(args.nmi, len(set(half.labels.tolist())))
     return by_first(
-        job, lambda: score(embeddings.to(job.device), job.validation.labels, memory_mb=job.args.eval_memory_mb)
-    )
+        job,
+        lambda: score(embeddings.to(job.device), half.labels, memory_mb=args.eval_memory_mb, ks=ks,
+                      is_query=half.is_query, no_nmi=no_nmi),
+    )  # fmt: skip
 
 
 def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:
@@ -730,8 +738,9 @@ def print_epoch(row: dict) -> None:
     if "nmi_to_previous_clusters" in row:
         parts.append(f"NMI to the last clusters {100 * row['nmi_to_previous_clusters']:.1f}")
     if "recall@1" in row:
-        parts.append(" ".join(f"R@{k} {100 * row[f'recall@{k}']:.2f}" for k in (1, 2, 4, 8)))
-        parts.append(f"NMI {100 * row['nmi']:.2f}{' *' if row.get('best') else ''}")
+        parts.append(" ".join(f"{title} {100 * row[name]:.2f}" for title, name in recall_titles(row).items()))
+        nmi = f"{100 * row['nmi']:.2f}" if "nmi" in row else "left out"
+        parts.append(f"NMI {nmi}{' *' if row.get('best') else ''}")
     elif "best" in row:
         parts.append("no scores: they need labels")
     if "seconds" in row:
@@ -747,10 +756,10 @@ def print_summary(rows: list[dict], run: Path) -> None:
             log.info("last epoch (%d), not scored for want of labels: %s", rows[-1]["epoch"], run / LAST)
         return
     best = max(scored, key=lambda row: row["recall@1"])  # the first of equals
-    log.info("NMI by %s", scored[-1]["nmi_protocol"])
+    log.info("NMI %s", nmi_remark(scored[-1]))
     for title, row, name in (("last epoch", scored[-1], "last.pth"), ("best epoch, CHOSEN ON TEST", best, "best.pth")):
-        log.info("%s (%d): R@1 %.2f  NMI %.2f  %s", title, row["epoch"], 100 * row["recall@1"], 100 * row["nmi"],
-                 os.path.join(run, name))  # fmt: skip
+        nmi = f"  NMI {100 * row['nmi']:.2f}" if "nmi" in row else ""
+        log.info("%s (%d): R@1 %.2f%s  %s", title, row["epoch"], 100 * row["recall@1"], nmi, os.path.join(run, name))
 
 
 if __name__ == "__main__":

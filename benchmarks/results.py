@@ -15,6 +15,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that `python benchmarks/NAME.py` finds the rooms
+
+from utils.runs import nmi_remark, recall_titles  # noqa: E402
+
 METHODS = {"frozen": [], "untrained": ["--n_epoch", "0"], "rim": [], "kmeans": ["--pseudo_labels", "kmeans"]}
 TITLES = {
     "frozen": "frozen backbone, pooled features",
@@ -91,7 +95,10 @@ def call(script: str, *arguments: str) -> None:
 
 
 def write_table(args: argparse.Namespace) -> None:
-    """A Markdown table of the last and the best epoch of every row."""
+    """A Markdown table of the last and the best epoch of every row, with the K of the data set."""
+    stems = {method: args.out / name_of_run(args, method) for method in args.methods}
+    scores = {m: json.loads(stem.with_name(f"{stem.name}.json").read_text("utf-8")) for m, stem in stems.items()}
+    names = recall_titles(scores[args.methods[0]]) | {"NMI": "nmi"}
     lines = [
         "Made by `python benchmarks/results.py`; a run's settings and metrics of every epoch lie beside this file.",
         args.note,
@@ -99,17 +106,14 @@ def write_table(args: argparse.Namespace) -> None:
         f"{args.backbone}, {args.n_epoch} epochs, seed {args.seed}, {args.precision}, {args.image_size} px of "
         f"which the network sees {args.image_size * 7 // 8}. R@K and NMI in percent.",
         "",
-        "| method | R@1 | R@2 | R@4 | R@8 | NMI | R@1 of the best epoch (chosen on test) |",
-        "|---|---|---|---|---|---|---|",
+        f"| method | {' | '.join(names)} | R@1 of the best epoch (chosen on test) |",
+        "|---" * (len(names) + 2) + "|",
     ]
-    protocols = set()
-    for method in args.methods:
-        stem = args.out / name_of_run(args, method)
-        last = json.loads(stem.with_name(f"{stem.name}.json").read_text(encoding="utf-8"))
-        protocols.add(last["nmi_protocol"])
-        scores = " | ".join(f"{100 * last[key]:.1f}" for key in ("recall@1", "recall@2", "recall@4", "recall@8", "nmi"))
-        lines.append(f"| {TITLES[method]} | {scores} | {best_on_test(stem.with_name(f'{stem.name}.jsonl'))} |")
-    lines += ["", "NMI by " + "; ".join(sorted(protocols)) + ".", ""]
+    for method, stem in stems.items():
+        cells = (f"{100 * scores[method][key]:.1f}" if key in scores[method] else "" for key in names.values())
+        best = best_on_test(stem.with_name(f"{stem.name}.jsonl"))
+        lines.append(f"| {TITLES[method]} | {' | '.join(cells)} | {best} |")
+    lines += ["", "NMI " + "; ".join(sorted({nmi_remark(last) for last in scores.values()})) + ".", ""]
     (args.out / f"{args.dataset}.md").write_text("\n".join(lines), encoding="utf-8")
 
 

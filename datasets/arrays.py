@@ -15,9 +15,11 @@ import numpy as np
 from utils.errors import UserError
 
 SMALLEST_IMAGE_SIZE = 8  # px, of pre-processing too
-SCRIPTS = ("cub200", "car196", "glyphs")  # with a pre_process script each
+SCRIPTS = ("cub200", "car196", "sop", "inshop", "glyphs")  # with a pre_process script each
 HASH_BLOCK = 16 << 20  # bytes
 UNLABELLED = -1  # the label of every image of a data set without labels
+WITH_ROLES = ("inshop",)  # their test images are queries and gallery
+QUERY, GALLERY = 0, 1  # roles
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Split:
     labels: np.ndarray
     path: Path
     stamp: tuple[int, ...] = ()  # of the image file when it was opened: device, inode, size, time of its last change
+    roles: np.ndarray | None = None  # int64 (N,), QUERY or GALLERY; None: every image searches all others
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,6 +50,16 @@ class Split:
         """The file of the labels."""
         return self.path.with_name(self.path.name.replace("_img.npy", "_label.npy"))
 
+    @property
+    def role_path(self) -> Path:
+        """The file of the roles, where there is one."""
+        return self.path.with_name(self.path.name.replace("_img.npy", "_role.npy"))
+
+    @property
+    def is_query(self) -> np.ndarray | None:
+        """Which images are queries, bool (N,), the others being their gallery; None: each image searches all others."""
+        return None if self.roles is None else self.roles == QUERY
+
     def check_unchanged(self) -> None:
         """Raise UserError if the image file has been written to since it was opened; a look at its entry, microseconds.
 
@@ -61,12 +74,15 @@ class Split:
             raise UserError(f"{self.path}: was changed while it was in use; put the old file back and go on from there")
 
     def fingerprint(self) -> dict[str, str]:
-        """Dtype, shape and content of both arrays, in words: {"images": .., "labels": ..}; labels as int64.
+        """Dtype, shape and content of the arrays, in words: {"images": .., "labels": ..}, and "roles" if it has them.
+
+        Labels and roles count as int64.
 
         The content is the SHA-256 of the SHA-256s of blocks of 16 MiB: every byte counts, all cores work.
         """
         self.check_unchanged()
-        return {"images": _fingerprint(self.images), "labels": _fingerprint(self.labels)}
+        arrays = {"images": self.images, "labels": self.labels, "roles": self.roles}
+        return {name: _fingerprint(array) for name, array in arrays.items() if array is not None}
 
 
 def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size: int | None = None) -> Split:
@@ -74,7 +90,8 @@ def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size
 
     data_dir: the folder that holds `<dataset>/`, or that folder itself. image_size: which size to take when
     pre-processing made several; None takes the only one (256 if it is among several).
-    Raises UserError naming the file when it is missing or not what pre-processing writes.
+    The test half may have a file of roles beside it, `..._role.npy`. Raises UserError naming the file when it is
+    missing or not what pre-processing writes.
     """
     folder = Path(data_dir) / dataset
     if not folder.is_dir() and Path(data_dir).name == dataset:
@@ -106,7 +123,25 @@ def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size
         raise UserError(f"{folder / f'{stem}_label.npy'}: -1 (no label) beside labels; give all images one, or none")
     if len(images) < 2:
         raise UserError(f"{path}: holds {len(images)} images; at least 2 are needed; pre-process again")
-    return Split(images, labels.astype(np.int64), path, _stamp(path))
+    roles = None
+    if split == "validation":
+        roles = _open_roles(folder / f"{stem}_role.npy", dataset, len(images))
+    return Split(images, labels.astype(np.int64), path, _stamp(path), roles)
+
+
+def _open_roles(path: Path, dataset: str, count: int) -> np.ndarray | None:
+    """The roles of `count` images; None for a data set without; UserError for anything but queries and a gallery."""
+    if dataset not in WITH_ROLES and not path.exists():
+        return None
+    roles = _open_array(path, dataset)
+    if roles.shape != (count,) or roles.dtype.kind not in "iu":
+        raise UserError(
+            f"{path}: expected {count} roles, integers, one an image, found {roles.dtype} {roles.shape}; "
+            f"pre-process again"
+        )
+    if set(np.unique(roles).tolist()) != {QUERY, GALLERY}:
+        raise UserError(f"{path}: expected queries ({QUERY}) and a gallery ({GALLERY}); pre-process again")
+    return roles.astype(np.int64)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

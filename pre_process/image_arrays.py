@@ -36,6 +36,9 @@ IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # none of 
 ROWS_PER_TASK = 16  # small: the last worker is never busy for long, and Ctrl-C waits for one task at most
 SMALLEST_IMAGE_SIZE, LARGEST_IMAGE_SIZE = 8, 4096
 FIRST_UNREADABLE = 3  # unreadable images that an error names
+MEND = "restore the list from the original archive"
+
+QUERY, GALLERY = 0, 1  # roles: the queries search the gallery alone
 
 MakeRow = Callable[[Any, int], np.ndarray]
 
@@ -54,7 +57,7 @@ def option_parser(dataset: str, description: str, image_size: int = 256) -> Pars
         "--out_dir",
         type=folder,
         default=argparse.SUPPRESS,
-        help=f"where the four .npy files go; created where it is missing (default: the {dataset} folder of --data_dir)",
+        help=f"where the .npy files go; created where it is missing (default: the {dataset} folder of --data_dir)",
     )
     work = parser.add_argument_group("work")
     work.add_argument(
@@ -117,6 +120,42 @@ def find_raw_folder(data_dir: Path, dataset: str, marker: str, below: Sequence[s
     raise UserError(f"{data_dir / dataset / marker}: not found; {advice}")
 
 
+def read_lines(file: Path, advice: str) -> list[tuple[str, str]]:
+    """The lines of a list, without their ends, and where each stands; empty lines do not count.
+
+    Raises `UserError` for a file that is missing, ending in `advice`, or no text.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; {advice}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is not a text file; {MEND}") from None
+    return [(line.strip(), f"{file}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_columns(lines: Sequence[tuple[str, str]], file: Path, columns: str) -> list[tuple[list[str], str]]:
+    """The words of each of some lines (`read_lines`) of `file`, the first of which names the columns, and its place.
+
+    Raises `UserError` for another first line, and for a line of another number of words.
+    """
+    names = columns.split()
+    if not lines or lines[0][0].split() != names:
+        where = lines[0][1] if lines else file
+        raise UserError(f"{where}: expected the column names {columns!r}; {MEND}")
+    rows = [(line.split(), where) for line, where in lines[1:]]
+    for words, where in rows:
+        if len(words) != len(names):
+            raise UserError(f"{where}: {' '.join(words)!r} is not of the form {columns!r}; {MEND}")
+    return rows
+
+
+def is_number(text: str) -> bool:
+    """Whether `text` is a whole number as the lists write them: digits, perhaps after a minus."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdigit() and len(digits) < 10
+
+
 def image_path(folder: Path, name: str, where: str, linked: str = "") -> Path:
     """The path of a listed image, `name` under `folder`; `UserError` beginning with `where` if it leaves the folder.
 
@@ -124,7 +163,7 @@ def image_path(folder: Path, name: str, where: str, linked: str = "") -> Path:
     """
     listed = PureWindowsPath(name)  # knows both kinds of slash and drive letters, on every system
     if not listed.parts or not name.isprintable():
-        raise UserError(f"{where}: {name!r} is no path of an image; restore the list from the original archive")
+        raise UserError(f"{where}: {name!r} is no path of an image; {MEND}")
     if listed.drive or listed.root or ".." in listed.parts:
         raise UserError(f"{where}: the path {name!r} leaves the data folder; list paths below {folder} alone")
     path = folder / name
@@ -143,9 +182,7 @@ def real_folder(folder: Path) -> Path:
 def checked_class(label: int, n_classes: int, where: str) -> int:
     """`label` itself if it is one of the classes 1..`n_classes`; else `UserError` beginning with `where`."""
     if not 1 <= label <= n_classes:
-        raise UserError(
-            f"{where}: class {label} is not one of 1-{n_classes}; restore the list from the original archive"
-        )
+        raise UserError(f"{where}: class {label} is not one of 1-{n_classes}; {MEND}")
     return label
 
 
@@ -168,6 +205,18 @@ class Split(NamedTuple):
     labels: Sequence[int]
     paths: Sequence[str] = ()  # of the image files, written beside the arrays; none: no such list
     classes: Sequence[str] = ()  # the names of the classes, class 1 first, for that list
+    roles: Sequence[int] = ()  # QUERY or GALLERY, written beside the arrays; none: every image searches all others
+
+
+def check_disjoint(splits: Sequence[Split], listed_in: Path) -> None:
+    """Raise `UserError` naming `listed_in` for a class of both halves, and for a half without images."""
+    for split in splits:
+        if len(split.sources) < 2:
+            raise UserError(f"{listed_in}: {len(split.sources)} images of the {split.name} half; 2 are needed; {MEND}")
+    both = set.intersection(*(set(split.labels) for split in splits))
+    if both:
+        others = f" (and {len(both) - 1} more)" if len(both) > 1 else ""
+        raise UserError(f"{listed_in}: class {min(both)}{others} is in both halves; {MEND}")
 
 
 def halves_by_class(
@@ -282,7 +331,8 @@ def write_splits(
     """Write `<split>_<dataset>_<size>resized_img.npy` and `..._label.npy` of every split, and print a line for each.
 
     Images are uint8 (N, image_size, image_size, 3), labels int64 (N,). A split that knows its paths gets
-    `..._paths.csv` as well, with the columns path and class, in the order of the rows. All files appear together once
+    `..._paths.csv` as well, with the columns path and class, in the order of the rows; one that has roles gets
+    `..._role.npy`, int64 (N,). All files appear together once
     all are complete and on the disk; until then older ones stay, and a failure or a signal leaves nothing of this run
     behind, not even a new folder. Pixels go straight from the process that makes them to their place in the file: no
     process ever holds more than one row.
@@ -300,7 +350,8 @@ def write_splits(
     lines, left_out = [], []
     with ExitStack() as files:
         files.enter_context(made_folder(out_dir))
-        check_space(out_dir, sum(len(split.labels) for split in splits) * (image_size**2 * 3 + 8))
+        row = image_size**2 * 3 + 8
+        check_space(out_dir, sum(len(split.labels) * row + len(split.roles) * 8 for split in splits))
         warn_of_leftovers(out_dir, dataset)
 
         def beside(name: str) -> tuple[Path, Path]:
@@ -315,6 +366,8 @@ def write_splits(
                 left_out += bad
                 split = without_rows(split, {row for row, _, _ in bad})
                 write_labels(*beside(f"{stem}_label.npy"), split.labels)
+                if split.roles:
+                    write_labels(*beside(f"{stem}_role.npy"), split.roles)
                 if split.paths:
                     write_table(*beside(f"{stem}_paths.csv"), ("path", "class"), path_rows(split))
                 lines.append(summary(images, split, image_size, time.perf_counter() - started))
@@ -334,10 +387,8 @@ def without_rows(split: Split, rows: set[int]) -> Split:
         raise UserError(
             f"{split.sources[min(rows)]}: {len(kept)} images of the {split.name} half are readable; 2 are needed"
         )
-    picked = (
-        [values[row] for row in kept] if values else values for values in (split.sources, split.labels, split.paths)
-    )
-    return Split(split.name, *picked, split.classes)
+    by_row = {"sources": split.sources, "labels": split.labels, "paths": split.paths, "roles": split.roles}
+    return split._replace(**{name: [values[row] for row in kept] for name, values in by_row.items() if values})
 
 
 def path_rows(split: Split) -> Iterator[tuple[str, str]]:
@@ -350,11 +401,12 @@ def summary(images: Path, split: Split, image_size: int, seconds: float) -> str:
     """The line that is printed for a finished split."""
     n = len(split.labels)
     shape = (n, image_size, image_size, 3)
-    return f"{images}: {shape}, {len(set(split.labels))} classes, {seconds:.1f} s, {n / seconds:.0f} images/s"
+    roles = f" ({split.roles.count(QUERY)} queries, {split.roles.count(GALLERY)} gallery)" if split.roles else ""
+    return f"{images}: {shape}{roles}, {len(set(split.labels))} classes, {seconds:.1f} s, {n / seconds:.0f} images/s"
 
 
 def write_labels(file: Path, beside: Path, labels: Sequence[int]) -> None:
-    """Save `labels` as int64 (N,) at `beside`, flushed; `file` is the name for messages."""
+    """Save `labels`, or roles, as int64 (N,) at `beside`, flushed; `file` is the name for messages."""
     with writing(file), open(beside, "wb") as out:
         np.save(out, np.asarray(labels, dtype=np.int64))
         flush(out)

@@ -18,7 +18,6 @@ ADVICE = (
     "unpack CUB_200_2011.tgz (https://data.caltech.edu/records/65de6-vp158) so that images.txt, "
     "image_class_labels.txt and images/ lie in data/cub200/ or data/cub200/CUB_200_2011/, or give --data_dir"
 )
-MEND = "restore the list from the original archive"
 
 
 def main() -> None:
@@ -46,15 +45,15 @@ def read_lists(raw: Path) -> tuple[list[Path], list[int]]:
     label_file = raw / "image_class_labels.txt"
     label_of = {}
     for image_id, text, where in numbered_lines(label_file):
-        if not is_number(text):
-            raise UserError(f"{where}: class {text!r} is not a whole number; {MEND}")
+        if not image_arrays.is_number(text):
+            raise UserError(f"{where}: class {text!r} is not a whole number; {image_arrays.MEND}")
         label_of[image_id] = image_arrays.checked_class(int(text), N_CLASSES, where)
 
     paths, labels = [], []
     for image_id, name, where in numbered_lines(raw / "images.txt"):
         paths.append(image_arrays.image_path(raw / "images", name, where))
         if image_id not in label_of:
-            raise UserError(f"{label_file}: image {image_id} of images.txt has no class; {MEND}")
+            raise UserError(f"{label_file}: image {image_id} of images.txt has no class; {image_arrays.MEND}")
         labels.append(label_of[image_id])
     return paths, labels
 
@@ -64,32 +63,16 @@ def numbered_lines(file: Path) -> list[tuple[int, str, str]]:
 
     Raises `UserError` for a file that is missing or no text, a line of another form, or an id that comes twice.
     """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{file}: not found; {ADVICE}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: is not a text file; {MEND}") from None
-
     found: dict[int, tuple[int, str, str]] = {}
-    for number, line in enumerate(lines, start=1):
-        where = f"{file}: line {number}"
+    for line, where in image_arrays.read_lines(file, ADVICE):
         words = line.split(maxsplit=1)
-        if not words:
-            continue
-        if len(words) != 2 or not is_number(words[0]):
-            raise UserError(f"{where}: {line.strip()!r} is not of the form 'number text'; {MEND}")
+        if len(words) != 2 or not image_arrays.is_number(words[0]):
+            raise UserError(f"{where}: {line!r} is not of the form 'number text'; {image_arrays.MEND}")
         image_id = int(words[0])
         if image_id in found:
-            raise UserError(f"{where}: image {image_id} is listed twice; {MEND}")
-        found[image_id] = (image_id, words[1].rstrip(), where)
+            raise UserError(f"{where}: image {image_id} is listed twice; {image_arrays.MEND}")
+        found[image_id] = (image_id, words[1], where)
     return list(found.values())
-
-
-def is_number(text: str) -> bool:
-    """Whether `text` is a whole number as the lists write them: digits, perhaps after a minus."""
-    digits = text.removeprefix("-")
-    return digits.isascii() and digits.isdigit() and len(digits) < 10
 
 
 if __name__ == "__main__":

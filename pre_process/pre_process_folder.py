@@ -21,7 +21,7 @@ from utils.arguments import Parser, folder_name, name_of, real, whole
 from utils.errors import UserError
 from utils.images import find_images
 
-OFFICIAL = ("cub200", "car196", "glyphs")  # the names of other scripts' data sets
+OFFICIAL = ("cub200", "car196", "sop", "inshop", "glyphs")  # the names of other scripts' data sets
 UNLABELLED = -1  # the label of every image where none are known
 SUBFOLDERS = "subfolders"
 COLUMNS = ("path", "class")  # of a file of labels

@@ -1,4 +1,4 @@
-"""Small raw folders in the official layouts of CUB-200-2011 and Cars196, and ways to spoil their lists."""
+"""Small raw folders in the official layouts of the data sets, and ways to spoil their lists."""
 
 from __future__ import annotations
 
@@ -41,6 +41,35 @@ def make_cars(folder: Path, rows: list[tuple[str, object]] | None = None) -> Pat
     for n, (path, label) in enumerate(rows):
         annotations[0, n] = (path, 10, label, n % 2)
     savemat(folder / "cars_annos.mat", {"annotations": annotations, "class_names": "x"})
+    return folder
+
+
+def make_sop(folder: Path, each: int = 2) -> Path:
+    """`each` images of 3 classes in either list of Stanford Online Products, not in the order of the classes."""
+    image_id = 0
+    for name, classes in (("Ebay_train.txt", (11318, 1, 40)), ("Ebay_test.txt", (22634, 11319, 12000))):
+        lines = ["image_id class_id super_class_id path"]
+        for number, label in enumerate(classes * each):
+            kind, image_id = 1 + label % 2, image_id + 1
+            path = f"{('bicycle', 'chair')[kind - 1]}_final/{100000 + label}_{number // 3}.JPG"
+            save_photo(folder / path, seed=image_id, size=(30 + image_id, 40))
+            lines.append(f"{image_id} {label} {kind} {path}")
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def make_inshop(folder: Path, each: int = 2, images: str = "Img/img", listed: str = "Eval") -> Path:
+    """`each` images of 2 items to train on, `each` queries and gallery images of 3 others, in turns, columns padded."""
+    lines = []
+    listed_as = [(2, "train"), (7982, "train"), *((item, role) for item in (5, 1, 90) for role in ("query", "gallery"))]
+    for number in range(each):
+        for item, status in listed_as:
+            name = f"WOMEN/Dresses/id_{item:08d}/{number + 1:02d}_{len(lines)}_{status}.jpg"
+            save_photo(folder / images / name, seed=len(lines), size=(30, 40 + len(lines)))
+            lines.append(f"{f'img/{name}':<75}{f'id_{item:08d}':<12} {status}")
+    (folder / listed).mkdir(exist_ok=True)
+    head = [str(len(lines)), "image_name item_id evaluation_status"]
+    (folder / listed / "list_eval_partition.txt").write_text("\n".join([*head, *lines]) + "\n")
     return folder
 
 

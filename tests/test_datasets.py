@@ -56,7 +56,7 @@ def refused(folder, *words: str, size: int | None = None) -> None:
 @pytest.mark.parametrize("size", [None, 32])
 def test_missing_files_name_the_script_that_makes_them(tmp_path, size):
     name = f"training_tiny_{size or 256}resized_img.npy"
-    refused(tmp_path, name, "no such file", "cub200, car196, glyphs", size=size)
+    refused(tmp_path, name, "no such file", "cub200, car196, sop, inshop, glyphs", size=size)
     with pytest.raises(UserError, match=r"python pre_process/pre_process_glyphs\.py"):
         load_split(tmp_path, "glyphs", "training", size)
 

@@ -32,6 +32,55 @@ def test_recall_is_the_literal_one(count: int, columns: int, classes: int, ties:
     assert recall_at_k(embeddings, labels, ks) == literal_recall(embeddings, labels, ks)
 
 
+def literal_gallery_recall(queries: Tensor, own: list, gallery: Tensor, labels: list, ks: tuple) -> dict[int, float]:
+    """Query by query: sort the gallery by (float64 distance, index)."""
+    first = []
+    for query, label in zip(queries.double(), own, strict=True):
+        order = sorted(range(len(gallery)), key=lambda i: (float((query - gallery[i].double()).square().sum()), i))
+        first.append(next((rank for rank, i in enumerate(order) if labels[i] == label), len(gallery)))
+    return {k: sum(rank < k for rank in first if rank < len(gallery)) / len(first) for k in ks}
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 4), st.integers(1, 9), st.booleans(), st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_recall_in_a_gallery_is_the_literal_one(asked, count, columns, classes, ties, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    queries, gallery = (torch.randn(size, columns, generator=generator) for size in (asked, count))
+    if ties:
+        queries, gallery = queries.round().clamp(-1, 1), gallery.round().clamp(-1, 1)
+    own, labels = (torch.randint(-3, classes, (size,), generator=generator).tolist() for size in (asked, count))
+    ks = (1, 10, 20, 1000)
+    expected = literal_gallery_recall(queries, own, gallery, labels, ks)
+    assert recall_at_k(queries, own, ks, gallery=(gallery, labels)) == expected
+    assert recall_at_k(queries.numpy(), np.array(own), ks, gallery=(gallery.numpy(), np.array(labels))) == expected
+
+
+def test_queries_do_not_find_each_other() -> None:
+    queries, gallery = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]])
+    assert recall_at_k(queries, [5, 5], (1, 2, 3), gallery=(gallery, [6, 5, 5])) == {1: 0.0, 2: 1.0, 3: 1.0}
+    assert recall_at_k(queries, [5, 7], (1, 8), gallery=(gallery, [5, 6, 6])) == {1: 0.5, 8: 0.5}  # none of class 7
+    scores = precision_at_r(queries, [5, 7], gallery=(gallery, [6, 5, 5]))  # class 7 is left out, as nothing is there
+    assert scores == {"r_precision": 0.5, "map@r": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("queries", "own", "gallery", "message"),
+    [
+        (np.ones((2, 2)), [0, 1], (np.ones((3, 3)), [0, 1, 1]), "2 columns, those of the gallery 3"),
+        (np.ones((2, 2)), [0], (np.ones((3, 2)), [0, 1, 1]), "2 embeddings but 1 labels"),
+        (np.ones((2, 2)), [0, 1], (np.ones((3, 2)), [0, 1]), "3 gallery embeddings but 2 gallery labels"),
+        (np.ones((2, 2)), [0, 1], (np.ones((0, 2)), np.ones(0, int)), "at least 1 gallery"),
+        (np.ones((0, 2)), np.ones(0, int), (np.ones((1, 2)), [1]), "at least 1 query"),
+        (np.ones((2, 2)), [0, 1], (np.full((1, 2), np.nan), [1]), "gallery embeddings hold NaN"),
+        (np.ones((2, 2)), [0, 1], (np.ones((1, 2)), [0.5]), "integers"),
+    ],
+)
+def test_gallery_errors(queries: np.ndarray, own: list, gallery: tuple, message: str) -> None:
+    for score in (recall_at_k, precision_at_r):
+        with pytest.raises(ValueError, match=message):
+            score(queries, own, gallery=gallery)
+
+
 def test_recall_across_several_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.nn.functional.normalize(torch.randn(2500, 16, generator=generator))
@@ -155,9 +204,31 @@ def test_scores_are_those_of_pytorch_metric_learning() -> None:
     assert recall_at_k(embeddings, labels, [1])[1] == pytest.approx(theirs["precision_at_1"] * 300 / 302)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_gallery_scores_are_those_of_pytorch_metric_learning(seed: int) -> None:
+    pytest.importorskip("faiss")
+    accuracy_calculator = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
+    generator = torch.Generator().manual_seed(seed)
+    own, labels = torch.randint(15, (120,), generator=generator), torch.randint(1, 16, (260,), generator=generator)
+    queries = torch.randn(120, 8, generator=generator) + 0.3 * own[:, None]
+    rows = torch.randn(260, 8, generator=generator) + 0.3 * labels[:, None]
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    calculator = accuracy_calculator.AccuracyCalculator(include=names, device=torch.device("cpu"))
+    theirs = calculator.get_accuracy(queries, own, reference=rows, reference_labels=labels, ref_includes_query=False)
+    ours = precision_at_r(queries, own, gallery=(rows, labels))
+    assert ours["r_precision"] == pytest.approx(theirs["r_precision"])
+    assert ours["map@r"] == pytest.approx(theirs["mean_average_precision_at_r"])
+    present = float((own > 0).float().mean())  # class 0 is not in the gallery: theirs leaves such queries out of R@1
+    assert 0 < present < 1
+    recall = recall_at_k(queries, own, [1], gallery=(rows, labels))[1]
+    assert recall == pytest.approx(theirs["precision_at_1"] * present)
+
+
 def test_precision_at_r_needs_a_pair() -> None:
     with pytest.raises(ValueError, match="alone"):
         precision_at_r(torch.eye(3), [0, 1, 2])
+    with pytest.raises(ValueError, match="class that the gallery lacks"):
+        precision_at_r(torch.eye(3), [0, 1, 2], gallery=(torch.eye(3), [3, 4, 5]))
 
 
 def test_ami() -> None:

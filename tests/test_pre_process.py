@@ -642,7 +642,7 @@ def test_memory_does_not_grow_with_the_data(root, tmp_path):
 # ------------------------------------------------------------------------------------------------ the scripts
 
 
-@pytest.mark.parametrize("dataset", ["cub200", "car196", "glyphs"])
+@pytest.mark.parametrize("dataset", ["cub200", "car196", "sop", "inshop", "glyphs"])
 def test_help_explains_every_option(dataset, root):
     done = subprocess.run(command(root, dataset, "--help"), capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")
@@ -652,7 +652,7 @@ def test_help_explains_every_option(dataset, root):
 
 
 def test_room_knows_nothing_of_torch(root):
-    modules = [f"pre_process.pre_process_{name}" for name in ("cub200", "car196", "glyphs")]
+    modules = [f"pre_process.pre_process_{name}" for name in ("cub200", "car196", "sop", "inshop", "glyphs")]
     code = f"import sys, {', '.join(modules)}; print([m for m in ('torch', 'scipy', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=30)
     assert done.stdout.strip() == "[]", done.stderr

@@ -120,6 +120,45 @@ def test_first_hit_ranks(count: int, columns: int, classes: int, limit: int, tie
     assert torch.equal(first_hit_ranks(features, labels, limit), literal_ranks(features, labels, limit))
 
 
+def gallery_ranks(queries: Tensor, asked: Tensor, features: Tensor, labels: Tensor, limit: int) -> Tensor:
+    """From the definition: how many rows come before the first one with the query's label."""
+    order = literal_distances(queries, features).argsort(dim=1, stable=True)
+    same = labels[order] == asked[:, None]
+    return torch.where(same.any(1), same.int().argmax(1), limit).clamp(max=limit)
+
+
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.integers(1, 100),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_first_hit_ranks_in_a_gallery(
+    asked: int, count: int, columns: int, classes: int, limit: int, ties: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features, queries = (torch.randn(size, columns, generator=generator) for size in (count, asked))
+    if ties:
+        features, queries = features.round().clamp(-1, 1), queries.round().clamp(-1, 1)
+    labels, own = (torch.randint(classes, (size,), generator=generator) for size in (count, asked))  # some lack any
+    expected = gallery_ranks(queries, own, features, labels, limit)
+    assert torch.equal(first_hit_ranks(features, labels, limit, queries=queries, query_labels=own), expected)
+
+
+@pytest.mark.parametrize("memory_mb", [1, 512])
+def test_first_hit_ranks_in_a_gallery_of_several_blocks(memory_mb: float) -> None:
+    features, queries = rows(2300, 8), rows(1200, 8, seed=1) * 3 + 5  # queries far from the gallery
+    labels, own = torch.arange(2300) % 700, torch.arange(1200) % 701
+    expected = gallery_ranks(queries, own, features, labels, 1000)
+    assert 0 < int((expected == 1000).sum()) < 1200
+    found = first_hit_ranks(features, labels, 1000, queries=queries, query_labels=own, memory_mb=memory_mb)
+    assert torch.equal(found, expected)
+
+
 def test_collapsed_rows_rank_by_index() -> None:
     labels = torch.arange(1500) % 3
     ranks = first_hit_ranks(torch.ones(1500, 16), labels, 8)

@@ -177,7 +177,7 @@ SHOWN_ELSEWHERE = {
     "n_epoch", "interval", "test_batch", "log_dir", "checkpoint_dir", "model_name", "config", "resume", "overwrite",
     "checkpoint_every_steps", "deterministic", "workers", "dataset",
     "data_dir", "image_size", "backbone", "weights", "device", "data_on", "kmeans_engine",
-    "eval_memory_mb", "compile", "help", "flip_eval",
+    "eval_memory_mb", "compile", "nmi", "help", "flip_eval",
 }  # fmt: skip
 
 

@@ -22,6 +22,17 @@ def run_folder(path: Path) -> Path:
     return path if path.is_dir() else path.with_suffix("")
 
 
+def recall_titles(scores: dict) -> dict[str, str]:
+    """The R@K among scores, the smallest K first: {"R@1": "recall@1", ...}."""
+    ks = sorted(int(name.removeprefix("recall@")) for name in scores if name.startswith("recall@"))
+    return {f"R@{k}": f"recall@{k}" for k in ks}
+
+
+def nmi_remark(scores: dict) -> str:
+    """How the NMI among scores was found, or why it was left out."""
+    return f"left out: {scores['nmi_left_out']}" if "nmi_left_out" in scores else f"by {scores['nmi_protocol']}"
+
+
 def find_checkpoint(given: str) -> Path:
     """The file to load: `given` itself, or of the run's folder of that name its best.pth (said on a line).
 
@@ -179,8 +190,12 @@ def _are_metrics(rows: object) -> bool:
     if not all(isinstance(row, dict) and _is_count(row.get("epoch")) for row in rows):
         return False
     scored = [row for row in rows if "recall@1" in row]
-    kinds = (("recall@1", float), ("nmi", float), ("nmi_protocol", str))
-    return all(isinstance(row.get(name), kind) for row in scored for name, kind in kinds)
+    clusters = (("nmi", float), ("nmi_protocol", str)), (("nmi_left_out", str),)
+    return all(
+        isinstance(row.get(name), kind)
+        for row in scored
+        for name, kind in (("recall@1", float), *clusters["nmi_left_out" in row])
+    )
 
 
 def _is_json(value: object) -> bool:
@@ -197,7 +212,7 @@ def _are_fingerprints(data: object) -> bool:
         return False
     return all(
         isinstance(half, dict)
-        and half.keys() == {"images", "labels"}
+        and half.keys() - {"roles"} == {"images", "labels"}
         and all(isinstance(v, str) for v in half.values())
         for half in data.values()
     )

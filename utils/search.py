@@ -262,97 +262,125 @@ def _hide_own(scores: Tensor, offset: int) -> None:
         scores[part, part + offset] = -FAR
 
 
-def first_hit_ranks(features: Tensor | np.ndarray, labels: Tensor, limit: int, *, memory_mb: float = 512) -> Tensor:
-    """For each row the number of other rows nearer to it than the nearest one with its own label.
+def first_hit_ranks(
+    features: Tensor | np.ndarray,
+    labels: Tensor,
+    limit: int,
+    *,
+    queries: Tensor | np.ndarray | None = None,
+    query_labels: Tensor | None = None,
+    memory_mb: float = 512,
+) -> Tensor:
+    """For each query the number of rows nearer to it than the nearest row with its label.
 
-    features (N, D) floating point, labels (N,) integers on the same device. Returns ranks (N,) int64, `limit` where
-    there are that many or more, or where no other row has the label. A lower index counts as nearer at equal
-    distance. Exact, as a search in float64 would have it. This needs no list of neighbours: the nearest row of the
-    same label sets a threshold, and each block of scores, computed once for both of its sides, is only asked what in
-    it passes. Memory as for `nearest_neighbors`.
+    features (N, D) floating point, labels (N,) integers on the same device; queries (Q, D) with query_labels (Q,), or
+    None: each row searches the other rows. Returns ranks (Q,) int64, `limit` where there are that many or more, or
+    where no row that it can find has the label. A lower index counts as nearer at equal distance. Exact, as a search
+    in float64 would have it. This needs no list of neighbours: the nearest row of the same label sets a threshold, and
+    each block of scores (of rows among themselves computed once for both of its sides) is only asked what in it passes.
+    Memory as for `nearest_neighbors`.
     """
     matrix = as_matrix(features)
-    order = torch.argsort(labels, stable=True)
+    asked = matrix if queries is None else as_matrix(queries, "queries").to(matrix.device)
     with full_float32():
-        ranks = _HitSearch(matrix, labels[order], order, limit, memory_mb).ranks()
-    return torch.empty_like(order).scatter_(0, order, ranks)
+        frame = frame_of(matrix if queries is None else torch.cat([matrix, asked]))
+        rows = _ByLabel(matrix, labels, frame)
+        left = rows if queries is None else _ByLabel(asked, query_labels.to(matrix.device), frame)
+        ranks = _HitSearch(left, rows, frame[1], limit, memory_mb).ranks()
+    return torch.empty_like(left.order).scatter_(0, left.order, ranks)
+
+
+class _ByLabel:
+    """Rows sorted by label, so that a label's rows are neighbours; places are in that order, indices as given."""
+
+    def __init__(self, matrix: Tensor, labels: Tensor, frame: tuple[Tensor, float]) -> None:
+        self.matrix, self.order = matrix, torch.argsort(labels, stable=True)
+        self.rows = _Rows(matrix, frame, self.order)
+        pad = len(self.rows.right) - len(matrix)
+        self.labels = torch.nn.functional.pad(labels[self.order], (0, pad), value=int(labels.max()) + 1)
+
+    def __len__(self) -> int:
+        return len(self.matrix)
 
 
 class _HitSearch:
-    """The rows sorted by label, so that a label's rows are neighbours; places are in that order, indices as given."""
+    """Queries `left` search `right`, which may be the same rows: then none finds itself. `scale` is their frame's."""
 
-    def __init__(self, matrix: Tensor, labels: Tensor, order: Tensor, limit: int, memory_mb: float) -> None:
-        self.matrix, self.order, self.limit, self.memory_mb = matrix, order, limit, memory_mb
-        self.frame = frame_of(matrix)
-        self.rows = _Rows(matrix, self.frame, order)
-        pad = len(self.rows.right) - len(order)
-        self.labels = torch.nn.functional.pad(labels, (0, pad), value=int(labels[-1]) + 1)
-        _, group, sizes = torch.unique_consecutive(self.labels, return_inverse=True, return_counts=True)
-        self.ends = sizes.cumsum(0)[group].tolist()  # where the label of each place ends
-        self.starts = (sizes.cumsum(0) - sizes)[group].tolist()
+    def __init__(self, left: _ByLabel, right: _ByLabel, scale: float, limit: int, memory_mb: float) -> None:
+        self.left, self.right, self.own = left, right, left is right
+        self.scale, self.limit, self.memory_mb = scale, limit, memory_mb
+        self.side = _side(memory_mb, right.matrix.device)
+        # the places on the right between which the label of each place on the left lies
+        self.starts = torch.searchsorted(right.labels, left.labels).tolist()
+        self.ends = torch.searchsorted(right.labels, left.labels, right=True).tolist()
 
     def ranks(self) -> Tensor:
-        """Ranks (N,) by place."""
-        nearest = self._nearest_of_own()
-        count = len(self.order)
-        self.best, self.found = nearest.distances[self.order], nearest.indices[self.order]
-        self.counts = torch.zeros(len(self.rows.right), dtype=torch.int64, device=self.order.device)
+        """Ranks (Q,) by place."""
+        left, right = self.left, self.right
+        nearest = self._nearest_of_label()
+        count = len(left)
+        self.best, self.found = nearest.distances[left.order], nearest.indices[left.order]
+        self.counts = torch.zeros(len(left.labels), dtype=torch.int64, device=left.order.device)
         self.counts[:count][self.best == torch.inf] = self.limit
         self.counts[count:] = self.limit
-        self.threshold = torch.zeros(len(self.counts), 1, device=self.order.device)  # as a score
-        self.threshold[:count, 0] = self.best.mul(-0.5 * self.frame[1] ** 2).float()
+        self.threshold = torch.zeros(len(self.counts), 1, device=left.order.device)  # as a score
+        self.threshold[:count, 0] = self.best.mul(-0.5 * self.scale**2).float()
         self.threshold[self.counts >= self.limit] = torch.inf
-        blocks = self.rows.blocks(_side(self.memory_mb, self.order.device))
-        for i, block in enumerate(blocks):
-            queries = self.rows.left(block)
-            for tile in blocks[i:]:
-                scores = queries @ self.rows.right[tile].T  # (B, T)
+        tiles = right.rows.blocks(self.side)
+        for i, block in enumerate(left.rows.blocks(self.side)):
+            queries = left.rows.left(block)
+            for tile in tiles[i:] if self.own else tiles:
+                scores = queries @ right.rows.right[tile].T  # (B, T)
                 self._hide_same(scores, block, tile)
                 self._count(scores, _group_tops(scores), block, tile)
-                if tile != block:  # the same scores with the sides exchanged; a transposed block is slow to reduce
-                    self._count(scores.T, scores.unflatten(0, (-1, GROUP)).amax(1).T, tile, block)
+                if self.own and tile != block:  # the same scores with the sides exchanged
+                    tops = scores.unflatten(0, (-1, GROUP)).amax(1).T  # a transposed block is slow to reduce
+                    self._count(scores.T, tops, tile, block)
         return self.counts[:count].clamp_(max=self.limit)
 
-    def _nearest_of_own(self) -> _Nearest:
-        """The nearest other row of the same label, by index."""
-        nearest = _Nearest(self.matrix, self.matrix, self.memory_mb)
-        side = min(_side(self.memory_mb, self.order.device), 4 * GROUP)
-        for block in self.rows.blocks(side, high=len(self.order)):
-            queries, labels = self.rows.left(block), self.labels[block, None]
+    def _nearest_of_label(self) -> _Nearest:
+        """The nearest row of the same label, by index."""
+        left, right = self.left, self.right
+        nearest = _Nearest(left.matrix, right.matrix, self.memory_mb)
+        side = min(self.side, 4 * GROUP)
+        for block in left.rows.blocks(side, high=len(left)):
+            queries, labels = left.rows.left(block), left.labels[block, None]
             low, high = self.starts[block.start] // GROUP * GROUP, -(-self.ends[block.stop - 1] // GROUP) * GROUP
             best = torch.full((len(queries), 1), -FAR / 2, device=queries.device)
-            for tile in self.rows.blocks(4 * side, low, high):
-                scores = queries @ self.rows.right[tile].T  # (B, T)
-                scores.masked_fill_(labels != self.labels[tile], -FAR)
-                _hide_own(scores, block.start - tile.start)
+            for tile in right.rows.blocks(4 * side, low, high):
+                scores = queries @ right.rows.right[tile].T  # (B, T)
+                scores.masked_fill_(labels != right.labels[tile], -FAR)
+                if self.own:
+                    _hide_own(scores, block.start - tile.start)
                 tops = _group_tops(scores)
                 best = torch.maximum(best, tops.amax(1, keepdim=True))
-                found, columns, _ = _passing(scores, tops, best - 2 * _error(self.rows, block, self.rows, tile))
-                nearest.add(self.order[found + block.start], self.order[columns + tile.start])
+                bar = best - 2 * _error(left.rows, block, right.rows, tile)
+                found, columns, _ = _passing(scores, tops, bar)
+                nearest.add(left.order[found + block.start], right.order[columns + tile.start])
         nearest.settle()
         return nearest
 
     def _hide_same(self, scores: Tensor, block: slice, tile: slice) -> None:
-        """Push the scores of rows of the same label out of reach; only near the diagonal there are any."""
+        """Push the scores of rows of the same label out of reach; only a few tiles of a block hold any."""
         for start in range(block.start, block.stop, 2 * GROUP):
             stop = min(start + 2 * GROUP, block.stop)
             low, high = max(self.starts[start], tile.start), min(self.ends[stop - 1], tile.stop)
             if low < high:
                 part = scores[start - block.start : stop - block.start, low - tile.start : high - tile.start]
-                part.masked_fill_(self.labels[start:stop, None] == self.labels[low:high], -FAR)
+                part.masked_fill_(self.left.labels[start:stop, None] == self.right.labels[low:high], -FAR)
 
     def _count(self, scores: Tensor, tops: Tensor, block: slice, tile: slice) -> None:
         """Add to the counts of the queries of a block the rows of a tile that are nearer than their threshold."""
-        error = _error(self.rows, block, self.rows, tile)
+        error = _error(self.left.rows, block, self.right.rows, tile)
         threshold = self.threshold[block]
         found, columns, values = _passing(scores, tops, threshold - error)
         if len(found) == 0:
             return
         counts = self.counts[block]
         nearer = values > (threshold + error)[found, 0]
-        queries, columns = found[~nearer] + block.start, self.order[columns[~nearer] + tile.start]
-        pairs = (self.order[queries], columns)
-        distances = squared_distances(self.matrix, self.matrix, pairs, self.memory_mb / 4)
+        queries, columns = found[~nearer] + block.start, self.right.order[columns[~nearer] + tile.start]
+        pairs = (self.left.order[queries], columns)
+        distances = squared_distances(self.left.matrix, self.right.matrix, pairs, self.memory_mb / 4)
         best = self.best[queries]
         first = (distances < best) | ((distances == best) & (columns < self.found[queries]))
         counts += torch.bincount(found[nearer], minlength=len(counts))
