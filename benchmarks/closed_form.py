@@ -25,11 +25,10 @@ from models.closed_form import closed_form_head
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
 from utils.devices import choose_device
 from utils.errors import run_script
-from utils.evaluation import score
+from utils.evaluation import recall_ranks, score, why_no_nmi
 from utils.files import write_json, written_whole
 from utils.progress import progress
-
-SCORES = ("recall@1", "recall@2", "recall@4", "recall@8", "nmi")
+from utils.runs import recall_titles
 
 
 def make_parser() -> Parser:
@@ -77,7 +76,7 @@ def rows(args: argparse.Namespace, model: CBSwR, training: Split, validation: Sp
     """A row for every pooling, with and without the mirror image, every head and size."""
     kinds = poolings(args.backbone)
     halves = [pooled_features(model, half, kinds, args) for half in (training, validation)]
-    found = []
+    found, no_nmi = [], why_no_nmi("auto", len(set(validation.labels.tolist())))
     for (kind, train, test), flip in product(zip(kinds, *halves, strict=True), (False, True)):
         train, test = (F.normalize(half.mean(0) if flip else half[0], dim=1) for half in (train, test))
         heads = [("frozen", test.shape[1], None)]
@@ -86,7 +85,8 @@ def rows(args: argparse.Namespace, model: CBSwR, training: Split, validation: Sp
                 heads.append((name, dim, closed_form_head(train, dim, name)))
         for name, dim, head in heads:
             embeddings = test if head is None else F.normalize(test @ head[0].T + head[1], dim=1)
-            scores = score(embeddings, validation.labels, args.seed)
+            scores = score(embeddings, validation.labels, args.seed, ks=recall_ranks(args.dataset),
+                           is_query=validation.is_query, no_nmi=no_nmi)  # fmt: skip
             found.append({"pooling": str(kind), "flip_eval": flip, "head": name, "dimension": dim, **scores})
             print(table(found).splitlines()[-1], flush=True)
     return found
@@ -94,9 +94,11 @@ def rows(args: argparse.Namespace, model: CBSwR, training: Split, validation: Sp
 
 def table(found: list[dict]) -> str:
     """The rows as Markdown, scores in per cent."""
-    lines = ["| pooled | mirror average | head | dimensions | R@1 | R@2 | R@4 | R@8 | NMI |", "|---" * 9 + "|"]
+    names = recall_titles(found[0]) | ({"NMI": "nmi"} if "nmi" in found[0] else {})
+    titles = ["pooled", "mirror average", "head", "dimensions", *names]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in found:
-        scores = " | ".join(f"{100 * row[name]:.1f}" for name in SCORES)
+        scores = " | ".join(f"{100 * row[name]:.1f}" for name in names.values())
         flip = "yes" if row["flip_eval"] else ""
         lines.append(f"| {row['pooling']} | {flip} | {row['head']} | {row['dimension']} | {scores} |")
     return "\n".join(lines) + "\n"
