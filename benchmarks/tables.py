@@ -1,16 +1,15 @@
-"""Write the tables of README.md and docs/growth.md anew from misc/benchmarks/*.json, between their markers."""
+"""Write the tables of docs/scaling.md anew from misc/benchmarks/*.json, between their markers."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import paired
 
 BENCHMARKS = paired.ROOT / "misc" / "benchmarks"
-PAGES = {"speed": paired.ROOT / "README.md", "growth": paired.ROOT / "docs" / "growth.md"}
+PAGE = paired.ROOT / "docs" / "scaling.md"
 UNITS = {"images": "N images", "rows": "N", "columns": "D", "clusters": "K", "batch": "m"}
 
 
@@ -94,7 +93,7 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """The text between each page's markers."""
+    """The text between the page's markers."""
     speed = markdown(["what", "beside", "ours, s", "theirs, s", "faster", "machine"], speed_rows())
     quality = markdown(["k-means of", "by", "inertia / ours", "NMI, mean ± std of 5 seeds"], quality_rows())
     growth = markdown(["stage", "size", "seconds", "MiB", "what"], growth_rows())
@@ -115,17 +114,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page is out of date")
     options = parser.parse_args()
-    stale = 0
+    page = fresh = PAGE.read_text(encoding="utf-8")
     for name, text in tables().items():
-        page = PAGES[name].read_text(encoding="utf-8")
-        fresh = placed(page, name, text)
-        if fresh != page:
-            stale = 1
-            print(f"{Path(PAGES[name]).name}: {'out of date' if options.check else 'written anew'}")
-            if not options.check:
-                with paired.written_whole(PAGES[name]) as file:
-                    file.write_text(fresh, encoding="utf-8")
-    return stale if options.check else 0
+        fresh = placed(fresh, name, text)
+    if fresh == page:
+        return 0
+    print(f"{PAGE.name}: {'out of date' if options.check else 'written anew'}")
+    if not options.check:
+        with paired.written_whole(PAGE) as file:
+            file.write_text(fresh, encoding="utf-8")
+    return int(options.check)
 
 
 if __name__ == "__main__":
