@@ -25,6 +25,7 @@ from utils.arguments import (
     BACKBONE_NAMES,
     LARGEST_MEMORY,
     LARGEST_SEED,
+    METRIC_LOSS_NAMES,
     Parser,
     folder_name,
     name_of,
@@ -55,6 +56,14 @@ REMOVED = {
 CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps"}  # on --resume, with these:
 CHANGEABLE |= {"deterministic", "device", "data_on", "workers", "log_dir", "data_dir", "eval_memory_mb", "compile"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ between machines of one job
+_CLUSTERS = {"metric_loss": "center", "ml": 0.9, "rim": 0.3, "recon": 0.001, "pseudo_labels": "rim"}
+_INSTANCES = {"metric_loss": "instance", "ml": 1.0, "rim": 0.0, "recon": 0.0, "pseudo_labels": "rim"}
+BASELINES = {  # the rows of the paper's ablation table
+    "isif": _INSTANCES | {"positives": "self"},
+    "cbs": _CLUSTERS | {"recon": 0.0},
+    "cbswr": _CLUSTERS,
+    "kmeans": _CLUSTERS | {"pseudo_labels": "kmeans"},
+}
 LOSSES = ("loss", "metric", "rim", "reconstruction")
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
 log = logging.getLogger("train")
@@ -82,6 +91,12 @@ def make_parser() -> Parser:
     g.add_argument("--low_dim", type=whole(2, 65536), default=128, help="size of the embedding")
     g.add_argument("--n_cluster", type=whole(2), default=32, help="K, the number of clusters")
     g = p.add_argument_group("method")
+    g.add_argument("--baseline", type=name_of(tuple(BASELINES)),
+                   help=f"a row of the paper's ablation table: {'; '.join(map(described, BASELINES))}. What else is given "
+                   "stands above it")  # fmt: skip
+    g.add_argument("--metric_loss", type=name_of(METRIC_LOSS_NAMES), default="center",
+                   help="center: softmax over the centres of the batch's clusters, as in the paper; instance: over the "
+                   "images of the batch (Ye et al. 2019)")  # fmt: skip
     g.add_argument("--positives", type=name_of(("auto", "self", "nn")), default="auto",
                    help="second view: of the image itself, or half the time of its nearest neighbour, mined each epoch "
                    "(auto: nn on cub200, self elsewhere)")  # fmt: skip
@@ -147,10 +162,23 @@ def make_parser() -> Parser:
     return p
 
 
+def described(baseline: str) -> str:
+    """A preset in words: its name and the options that it sets."""
+    return f"{baseline}: {' '.join(f'--{name} {value}' for name, value in BASELINES[baseline].items())}"
+
+
+def take_preset(args: argparse.Namespace, from_file: set[str]) -> None:
+    """Set what --baseline stands for, but for the options given and, unless it is given itself, those `from_file`."""
+    kept = args.given if "baseline" in args.given else args.given | from_file
+    for name, value in BASELINES[args.baseline].items():
+        if name not in kept:
+            setattr(args, name, value)
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Options from the command line, above those of --config or of the run that --resume continues."""
     parser = make_parser()
-    args = parser.parse(argv)
+    args, from_file = parser.parse(argv), set()
     if args.resume and args.config:
         parser.error("--resume takes the run's own settings; leave out --config")
     if args.resume:
@@ -171,9 +199,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                 )
         wanted.checkpoint_dir, wanted.model_name, args = str(run.parent), run.name, wanted
     elif args.config:
-        args = parser.parse(argv, parser.read_json(args.config), args.config)
+        base = parser.read_json(args.config)
+        args, from_file = parser.parse(argv, base, args.config), {name for name in base if base[name] is not None}
         if args.resume:
             parser.error(f"{args.config}: resume belongs on the command line")
+    if args.baseline and not args.resume:  # a run to resume has it in its settings
+        take_preset(args, from_file)
     if args.kmeans_engine != "auto" and args.pseudo_labels != "kmeans":
         parser.error(f"--kmeans_engine {args.kmeans_engine} goes with --pseudo_labels kmeans; leave it out")
     if args.model_name is None:
@@ -401,6 +432,10 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     log.info("%s: %d training images, %d test images %s, %d px; %s on %s in %s%s; run folder %s",
              args.dataset, len(training), len(validation), classes, training.image_size, args.backbone, device,
              args.precision, f", {processes.count} processes" if processes.count > 1 else "", run.path)  # fmt: skip
+    if args.baseline:
+        changed = {name: getattr(args, name) for name, value in BASELINES[args.baseline].items()
+                   if getattr(args, name) != value}  # fmt: skip
+        log.info("baseline %s%s", described(args.baseline), f"; but given: {changed}" if changed else "")
     if args.precision == "bf16" and bf16_is_slow(device):
         log.info("this processor has no bfloat16 instructions: --precision bf16 is slower here than fp32")
     if args.resume:
@@ -418,7 +453,7 @@ def training_step(
 
     weights = (args.ml, args.rim, args.recon)
     step = TrainingStep(model, weights, temperature=args.t, alpha=args.alpha, mu=args.mu, neg_m=args.neg_m,
-                        recon_target=args.recon_target, processes=processes)  # fmt: skip
+                        recon_target=args.recon_target, metric_loss=args.metric_loss, processes=processes)  # fmt: skip
     return processes.parallel(step, device, every_weight=all(weights))
 
 
@@ -440,6 +475,8 @@ def check_sizes(args: argparse.Namespace, training, validation, processes: int) 
         raise UserError(
             f"--batch_size {args.batch_size}: the training half of {args.dataset} holds {count} images only"
         )
+    if args.metric_loss == "instance" and args.batch_size < 2:
+        raise UserError("--metric_loss instance: pushes images of a batch apart; give a --batch_size of at least 2")
     if args.batch_size % processes:
         raise UserError(f"--batch_size {args.batch_size}: {processes} processes cannot share a batch evenly; give a "
                         f"multiple of {processes}, or start another number of processes")  # fmt: skip

@@ -28,6 +28,7 @@ BACKBONE_NAMES = (
     "resnet101",
     "resnet_small",
 )
+METRIC_LOSS_NAMES = ("center", "instance")  # the names of losses.METRIC_LOSSES
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
