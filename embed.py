@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
+from utils.arguments import BACKBONE_NAMES, Parser, backbone_name, folder_name, name_of, whole
 from utils.errors import UserError, run_script
 from utils.process import place, share_cores
 from utils.progress import progress
@@ -37,8 +37,8 @@ def make_parser() -> Parser:
     g.add_argument("--skip_bad", action="store_true", help="leave unreadable images out and list them in FILE.json")
     g = p.add_argument_group("by which network (one of the two)")
     g.add_argument("--checkpoint_path", metavar="FILE", help="a checkpoint, or a run's folder: its embedding")
-    g.add_argument("--backbone", type=name_of(BACKBONE_NAMES),
-                   help=f"a frozen backbone, its pooled features: one of {', '.join(BACKBONE_NAMES)}")  # fmt: skip
+    g.add_argument("--backbone", type=backbone_name,
+                   help=f"a frozen one, its pooled features: {', '.join(BACKBONE_NAMES)}, or timm:NAME")  # fmt: skip
     g.add_argument("--weights", default="auto", help="auto (usual ImageNet weights), none (random), or a file")
     g.add_argument("--seed", type=whole(0), default=0, help="of --weights none")
     g = p.add_argument_group("output")

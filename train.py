@@ -27,6 +27,7 @@ from utils.arguments import (
     LARGEST_SEED,
     METRIC_LOSS_NAMES,
     Parser,
+    backbone_name,
     folder_name,
     name_of,
     path_name,
@@ -83,7 +84,7 @@ def make_parser() -> Parser:
     )
     g = p.add_argument_group("network")
     g.add_argument(
-        "--backbone", type=name_of(BACKBONE_NAMES), default="googlenet", help=f"one of {', '.join(BACKBONE_NAMES)}"
+        "--backbone", type=backbone_name, default="googlenet", help=f"one of {', '.join(BACKBONE_NAMES)}, or timm:NAME"
     )
     g.add_argument(
         "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
@@ -92,8 +93,8 @@ def make_parser() -> Parser:
     g.add_argument("--n_cluster", type=whole(2), default=32, help="K, the number of clusters")
     g = p.add_argument_group("method")
     g.add_argument("--baseline", type=name_of(tuple(BASELINES)),
-                   help=f"a row of the paper's ablation table: {'; '.join(map(described, BASELINES))}. What else is given "
-                   "stands above it")  # fmt: skip
+                   help=f"a row of the paper's ablation table: {'; '.join(map(described, BASELINES))}. What else is "
+                   "given stands above it")  # fmt: skip
     g.add_argument("--metric_loss", type=name_of(METRIC_LOSS_NAMES), default="center",
                    help="center: softmax over the centres of the batch's clusters, as in the paper; instance: over the "
                    "images of the batch (Ye et al. 2019)")  # fmt: skip
@@ -131,6 +132,9 @@ def make_parser() -> Parser:
     g.add_argument("--eval_memory_mb", type=whole(1, LARGEST_MEMORY), default=512,
                    help="MiB for searches for neighbours beside the features; changes speed alone")  # fmt: skip
     g.add_argument("--interval", type=whole(1), default=1, help="evaluate every so many epochs (and after the last)")
+    g.add_argument("--val_classes", type=whole(0), default=0, metavar="N",
+                   help="keep the last N classes of the training half, by number, out of training, and choose best.pth "
+                   "on them instead of on the test half; 0: none")  # fmt: skip
     g = p.add_argument_group("run")
     g.add_argument("--model_name", type=folder_name, help="name of the run's folder (default: CBSwR_<DATASET>)")
     g.add_argument(
@@ -248,6 +252,7 @@ class Job:
     device: torch.device
     training: Split
     validation: Split
+    held_out: Split | None  # classes of the training half, to choose the epoch on
     data: dict  # their fingerprints
     resident: Tensor | None  # the training images, where they lie on the GPU
     model: CBSwR
@@ -296,7 +301,7 @@ def train(job: Job) -> None:
     args, state = job.args, job.state
     if args.n_epoch == 0 and not state.rows:
         with job.stop.at_once():
-            scores = evaluate(job)
+            scores = evaluate(job) | evaluate_held_out(job)
         end_epoch(job, {"epoch": 0, **scores, "best": bool(scores)})
     while state.epoch < args.n_epoch:
         if state.current is None:
@@ -306,9 +311,10 @@ def train(job: Job) -> None:
         started = time.perf_counter()
         if row["epoch"] % args.interval == 0 or row["epoch"] == args.n_epoch:
             with job.stop.at_once():
-                row |= evaluate(job)
-            best = max((r["recall@1"] for r in state.rows if "recall@1" in r), default=-1.0)
-            row["best"] = row.get("recall@1", -1.0) > best
+                row |= evaluate(job) | evaluate_held_out(job)
+            chosen_by = "val_recall@1" if job.held_out else "recall@1"
+            best = max((r[chosen_by] for r in state.rows if chosen_by in r), default=-1.0)
+            row["best"] = row.get(chosen_by, -1.0) > best
         row["seconds"] = {**state.current.seconds, "evaluate": time.perf_counter() - started}
         row["seconds"]["epoch"] = sum(row["seconds"].values())
         row["images_per_second"] = 2 * state.current.step * args.batch_size / row["seconds"]["train"]
@@ -338,7 +344,7 @@ def train_steps(job: Job) -> None:
     args, state, epoch = job.args, job.state, job.state.current
     positives = None if epoch.positives is None else epoch.positives.numpy()
     plan = EpochPlan(len(job.training), args.batch_size, job.training.image_size, args.seed, state.epoch + 1, positives,
-                     job.processes.share)  # fmt: skip
+                     job.processes.share, job.training.rows)  # fmt: skip
     if job.resident is None:
         loader = TwoViewLoader(job.training.images, plan, args.workers, epoch.step, job.training.check_unchanged)
     else:
@@ -399,9 +405,12 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
         keep_freed_memory()
     training = load_split(args.data_dir, args.dataset, "training", args.image_size)
     validation = load_split(args.data_dir, args.dataset, "validation", training.image_size)
+    halves, held_out = (training, validation), None
+    if args.val_classes:
+        training, held_out = training.hold_out(args.val_classes)
     check_sizes(args, training, validation, processes.count)
     config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
-    data = {"training": training.fingerprint(), "validation": validation.fingerprint()}
+    data = {name: half.fingerprint() for name, half in zip(("training", "validation"), halves, strict=True)}
     processes.check_same({f"--{name}": config[name] for name in sorted(config.keys() - MACHINE)} | data)
     stale, saved = [], None
     if processes.first:
@@ -421,8 +430,8 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
         compile_backbone(model, device)
     step = training_step(args, model, device, processes)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
-    job = Job(args, config, device, training, validation, data, resident, model, step, optimizer, run, State(), stop,
-              processes)  # fmt: skip
+    job = Job(args, config, device, training, validation, held_out, data, resident, model, step, optimizer, run,
+              State(), stop, processes)  # fmt: skip
     if saved:
         restore(job, saved)
     if processes.first:
@@ -432,6 +441,9 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     log.info("%s: %d training images, %d test images %s, %d px; %s on %s in %s%s; run folder %s",
              args.dataset, len(training), len(validation), classes, training.image_size, args.backbone, device,
              args.precision, f", {processes.count} processes" if processes.count > 1 else "", run.path)  # fmt: skip
+    if held_out:
+        log.info("%d images of %d classes of the training half held out, to choose the epoch on",
+                 len(held_out), args.val_classes)  # fmt: skip
     if args.baseline:
         changed = {name: getattr(args, name) for name, value in BASELINES[args.baseline].items()
                    if getattr(args, name) != value}  # fmt: skip
@@ -682,6 +694,19 @@ def evaluate(job: Job) -> dict:
     )
 
 
+def evaluate_held_out(job: Job) -> dict:
+    """The same of the classes held out, under the names val_recall@1, ..., val_nmi; nothing where there are none."""
+    from utils.evaluation import score
+
+    if job.held_out is None:
+        return {}
+    _, embeddings = features(job, job.held_out, "held-out features")
+    scores = by_first(
+        job, lambda: score(embeddings.to(job.device), job.held_out.labels, memory_mb=job.args.eval_memory_mb)
+    )
+    return {f"val_{name}": value for name, value in scores.items()}
+
+
 def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:
     """Pooled features (N, C) and embeddings (N, D) of a half; of many processes each computes some batches."""
     from datasets import center_crops
@@ -696,7 +721,9 @@ def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:
                 job.stop.check()
             yield batch
 
-    crops = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
+    crops = center_crops(
+        split.images, args.test_batch, args.workers, split.check_unchanged, processes.share, split.rows
+    )
     return extract_features(job.model, progress(stoppable(crops), rounds, title), args.precision, processes)
 
 
@@ -743,26 +770,33 @@ def print_epoch(row: dict) -> None:
         parts.append(f"NMI to the last clusters {100 * row['nmi_to_previous_clusters']:.1f}")
     if "recall@1" in row:
         parts.append(" ".join(f"R@{k} {100 * row[f'recall@{k}']:.2f}" for k in (1, 2, 4, 8)))
-        parts.append(f"NMI {100 * row['nmi']:.2f}{' *' if row.get('best') else ''}")
+        parts.append(f"NMI {100 * row['nmi']:.2f}{' *' if row.get('best') and 'val_nmi' not in row else ''}")
     elif "best" in row:
         parts.append("no scores: they need labels")
+    if "val_nmi" in row:
+        parts.append(f"held-out R@1 {100 * row['val_recall@1']:.2f} NMI {100 * row['val_nmi']:.2f}"
+                     f"{' *' if row.get('best') else ''}")  # fmt: skip
     if "seconds" in row:
         parts.append(f"{row['seconds']['epoch']:.1f} s, {row['images_per_second']:.1f} images/s")
     log.info("  ".join(parts))
 
 
 def print_summary(rows: list[dict], run: Path) -> None:
-    """The last epoch and the best one, the latter marked as chosen on test."""
-    scored = [row for row in rows if "recall@1" in row]
+    """The last epoch and the best one, with what the latter was chosen on."""
+    chosen_by, how = "recall@1", "CHOSEN ON TEST"
+    if any("val_recall@1" in row for row in rows):
+        chosen_by, how = "val_recall@1", "chosen on held-out training classes"
+    scored = [row for row in rows if chosen_by in row]
     if not scored:
         if rows and "best" in rows[-1]:
             log.info("last epoch (%d), not scored for want of labels: %s", rows[-1]["epoch"], run / LAST)
         return
-    best = max(scored, key=lambda row: row["recall@1"])  # the first of equals
-    log.info("NMI by %s", scored[-1]["nmi_protocol"])
-    for title, row, name in (("last epoch", scored[-1], "last.pth"), ("best epoch, CHOSEN ON TEST", best, "best.pth")):
-        log.info("%s (%d): R@1 %.2f  NMI %.2f  %s", title, row["epoch"], 100 * row["recall@1"], 100 * row["nmi"],
-                 os.path.join(run, name))  # fmt: skip
+    best = max(scored, key=lambda row: row[chosen_by])  # the first of equals
+    log.info("NMI by %s", scored[-1].get("nmi_protocol") or scored[-1]["val_nmi_protocol"])
+    for title, row, name in (("last epoch", scored[-1], "last.pth"), (f"best epoch, {how}", best, "best.pth")):
+        figures = [f"{half}R@1 {100 * row[f'{key}recall@1']:.2f}  NMI {100 * row[f'{key}nmi']:.2f}"
+                   for half, key in (("", ""), ("held-out ", "val_")) if f"{key}nmi" in row]  # fmt: skip
+        log.info("%s (%d): %s  %s", title, row["epoch"], "  ".join(figures), os.path.join(run, name))
 
 
 if __name__ == "__main__":

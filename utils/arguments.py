@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 
 from utils.errors import one_line
@@ -76,6 +77,11 @@ def name_of(choices: tuple[str, ...]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def backbone_name(text: str) -> str:
+    """An argparse type: one of BACKBONE_NAMES, or timm:NAME; whether timm knows it is seen when it is made."""
+    return text if re.fullmatch(r"timm:\w+(\.\w+)?", text) else name_of((*BACKBONE_NAMES, "timm:NAME"))(text)
 
 
 def folder_name(text: str) -> str:
