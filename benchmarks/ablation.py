@@ -125,12 +125,12 @@ def made(args: argparse.Namespace, method: str, seed: int, command: list[str], o
 
 
 def check_same(folder: Path, wanted: dict, found: dict) -> None:
-    """Raise UserError where a run that lies there was made with other options."""
+    """Raise UserError where a run lies there with other options; one that it did not know had its default."""
+    parser = train.make_parser()
     for name, value in wanted.items():
-        if found.get(name) != value:
-            raise UserError(
-                f"{folder}: holds a run with --{name} {found.get(name)}, not {value}; choose another --name"
-            )
+        then = found.get(name, parser.get_default(name))
+        if then != value:
+            raise UserError(f"{folder}: holds a run with --{name} {then}, not {value}; choose another --name")
 
 
 def tested_with(options: argparse.Namespace) -> list[str]:
@@ -224,7 +224,7 @@ def comma_separated(rows: dict[str, list[Cell]], count: int) -> str:
 def write_results(args: argparse.Namespace, runs: list[dict]) -> None:
     """The table in three forms, and every run."""
     rows = cells_of(runs, args.methods)
-    protocols = "; ".join(sorted({run["scores"]["nmi_protocol"] for run in runs}))
+    protocols = "; ".join(sorted({run["scores"]["nmi_protocol"].rpartition(", seed ")[0] for run in runs}))
     trained = [run["config"] for run in runs if run["config"]]
     epochs = max((config["n_epoch"] for config in trained), default=0)
     spread = "mean ± standard deviation (n - 1) in percent" if len(args.seeds) > 1 else "in percent"

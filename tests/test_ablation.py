@@ -96,13 +96,18 @@ def test_an_interrupted_run_is_resumed_and_scored_anew(table, tmp_path):
         table("cbs", seeds=[5], epochs=1)
 
 
-def test_runs_of_other_options_are_not_mixed_in(table):
+def test_runs_of_other_options_are_not_mixed_in(table, tmp_path):
     table("frozen", "cbs", seeds=[5])
     with pytest.raises(UserError, match=r"frozen_seed5: holds a run with --image_size None, not 32"):
         table("frozen", seeds=[5], more=["--image_size=32"])
     with pytest.raises(UserError, match=r"cbs_seed5: holds a run with --lr 0.05, not 0.02"):
         table("cbs", seeds=[5], more=["--lr=0.02"])
     assert table("cbs", seeds=[5], more=["--workers=0"]).called == []  # changes speed alone
+    config = tmp_path / "runs" / "tab" / "cbs_seed5" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "val_classes"}))
+    assert table("cbs", seeds=[5]).called == []  # made before the option was there: it had its default
+    with pytest.raises(UserError, match="--val_classes 0, not 2"):
+        table("cbs", seeds=[5], more=["--val_classes=2"])
 
 
 @pytest.mark.parametrize("more, seeds, words", [
