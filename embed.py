@@ -18,6 +18,7 @@ from utils.arguments import (
     Parser,
     add_flip,
     add_pooling,
+    backbone_name,
     folder_name,
     name_of,
     path_name,
@@ -54,8 +55,8 @@ def make_parser() -> Parser:
     g.add_argument(
         "--checkpoint_path", type=path_name, metavar="FILE", help="a checkpoint, or a run's folder: its embedding"
     )
-    g.add_argument("--backbone", type=name_of(BACKBONE_NAMES),
-                   help=f"a frozen backbone, its pooled features: one of {', '.join(BACKBONE_NAMES)}")  # fmt: skip
+    g.add_argument("--backbone", type=backbone_name,
+                   help=f"a frozen one, its pooled features: {', '.join(BACKBONE_NAMES)}, or timm:NAME")  # fmt: skip
     g.add_argument(
         "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
     )

@@ -20,6 +20,7 @@ from utils.arguments import (
     Parser,
     add_flip,
     add_pooling,
+    backbone_name,
     folder_name,
     name_of,
     path_name,
@@ -46,7 +47,7 @@ def make_parser() -> Parser:
                    help="a checkpoint of this project or of the authors, or a run's folder (its best.pth); backbone, K "
                    "and embedding size are read from it")  # fmt: skip
     g = p.add_argument_group("a frozen backbone instead of a checkpoint (pooled features)")
-    g.add_argument("--backbone", type=name_of(BACKBONE_NAMES), help=f"one of {', '.join(BACKBONE_NAMES)}")
+    g.add_argument("--backbone", type=backbone_name, help=f"one of {', '.join(BACKBONE_NAMES)}, or timm:NAME")
     g.add_argument(
         "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
     )

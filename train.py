@@ -25,9 +25,11 @@ from utils.arguments import (
     BACKBONE_NAMES,
     LARGEST_MEMORY,
     LARGEST_SEED,
+    METRIC_LOSS_NAMES,
     Parser,
     add_flip,
     add_pooling,
+    backbone_name,
     folder_name,
     name_of,
     path_name,
@@ -57,6 +59,14 @@ REMOVED = {
 CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps", "nmi"}  # on --resume:
 CHANGEABLE |= {"deterministic", "device", "data_on", "workers", "log_dir", "data_dir", "eval_memory_mb", "compile"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ between machines of one job
+_CLUSTERS = {"metric_loss": "center", "ml": 0.9, "rim": 0.3, "recon": 0.001, "pseudo_labels": "rim"}
+_INSTANCES = {"metric_loss": "instance", "ml": 1.0, "rim": 0.0, "recon": 0.0, "pseudo_labels": "rim"}
+BASELINES = {  # the rows of the paper's ablation table
+    "isif": _INSTANCES | {"positives": "self"},
+    "cbs": _CLUSTERS | {"recon": 0.0},
+    "cbswr": _CLUSTERS,
+    "kmeans": _CLUSTERS | {"pseudo_labels": "kmeans"},
+}
 LOSSES = ("loss", "metric", "rim", "reconstruction")
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
 log = logging.getLogger("train")
@@ -76,7 +86,7 @@ def make_parser() -> Parser:
     )
     g = p.add_argument_group("network")
     g.add_argument(
-        "--backbone", type=name_of(BACKBONE_NAMES), default="googlenet", help=f"one of {', '.join(BACKBONE_NAMES)}"
+        "--backbone", type=backbone_name, default="googlenet", help=f"one of {', '.join(BACKBONE_NAMES)}, or timm:NAME"
     )
     g.add_argument(
         "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
@@ -89,6 +99,12 @@ def make_parser() -> Parser:
                    "with --n_epoch 0 the embedding is ready without any training")  # fmt: skip
     g.add_argument("--n_cluster", type=whole(2), default=32, help="K, the number of clusters")
     g = p.add_argument_group("method")
+    g.add_argument("--baseline", type=name_of(tuple(BASELINES)),
+                   help=f"a row of the paper's ablation table: {'; '.join(map(described, BASELINES))}. What else is "
+                   "given stands above it")  # fmt: skip
+    g.add_argument("--metric_loss", type=name_of(METRIC_LOSS_NAMES), default="center",
+                   help="center: softmax over the centres of the batch's clusters, as in the paper; instance: over the "
+                   "images of the batch (Ye et al. 2019)")  # fmt: skip
     g.add_argument("--positives", type=name_of(("auto", "self", "nn")), default="auto",
                    help="second view: of the image itself, or half the time of its nearest neighbour, mined each epoch "
                    "(auto: nn on cub200, self elsewhere)")  # fmt: skip
@@ -127,6 +143,9 @@ def make_parser() -> Parser:
     g.add_argument("--nmi", type=name_of(("auto", "on", "off")), default="auto",
                    help="whether to compute it; auto: up to 1000 test classes, with more it takes minutes an "
                    "epoch")  # fmt: skip
+    g.add_argument("--val_classes", type=whole(0), default=0, metavar="N",
+                   help="keep the last N classes of the training half, by number, out of training, and choose best.pth "
+                   "on them instead of on the test half; 0: none")  # fmt: skip
     g = p.add_argument_group("run")
     g.add_argument("--model_name", type=folder_name, help="name of the run's folder (default: CBSwR_<DATASET>)")
     g.add_argument(
@@ -158,10 +177,23 @@ def make_parser() -> Parser:
     return p
 
 
+def described(baseline: str) -> str:
+    """A preset in words: its name and the options that it sets."""
+    return f"{baseline}: {' '.join(f'--{name} {value}' for name, value in BASELINES[baseline].items())}"
+
+
+def take_preset(args: argparse.Namespace, from_file: set[str]) -> None:
+    """Set what --baseline stands for, but for the options given and, unless it is given itself, those `from_file`."""
+    kept = args.given if "baseline" in args.given else args.given | from_file
+    for name, value in BASELINES[args.baseline].items():
+        if name not in kept:
+            setattr(args, name, value)
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Options from the command line, above those of --config or of the run that --resume continues."""
     parser = make_parser()
-    args = parser.parse(argv)
+    args, from_file = parser.parse(argv), set()
     if args.resume and args.config:
         parser.error("--resume takes the run's own settings; leave out --config")
     if args.resume:
@@ -182,9 +214,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                 )
         wanted.checkpoint_dir, wanted.model_name, args = str(run.parent), run.name, wanted
     elif args.config:
-        args = parser.parse(argv, parser.read_json(args.config), args.config)
+        base = parser.read_json(args.config)
+        args, from_file = parser.parse(argv, base, args.config), {name for name in base if base[name] is not None}
         if args.resume:
             parser.error(f"{args.config}: resume belongs on the command line")
+    if args.baseline and not args.resume:  # a run to resume has it in its settings
+        take_preset(args, from_file)
     if args.kmeans_engine != "auto" and args.pseudo_labels != "kmeans":
         parser.error(f"--kmeans_engine {args.kmeans_engine} goes with --pseudo_labels kmeans; leave it out")
     if args.model_name is None:
@@ -228,6 +263,7 @@ class Job:
     device: torch.device
     training: Split
     validation: Split
+    held_out: Split | None  # classes of the training half, to choose the epoch on
     data: dict  # their fingerprints
     resident: Tensor | None  # the training images, where they lie on the GPU
     model: CBSwR
@@ -278,7 +314,7 @@ def train(job: Job) -> None:
         fit_head(job)
     if args.n_epoch == 0 and not state.rows:
         with job.stop.at_once():
-            scores = evaluate(job)
+            scores = evaluate(job) | evaluate_held_out(job)
         end_epoch(job, {"epoch": 0, **scores, "best": bool(scores)})
     while state.epoch < args.n_epoch:
         if state.current is None:
@@ -288,9 +324,10 @@ def train(job: Job) -> None:
         started = time.perf_counter()
         if row["epoch"] % args.interval == 0 or row["epoch"] == args.n_epoch:
             with job.stop.at_once():
-                row |= evaluate(job)
-            best = max((r["recall@1"] for r in state.rows if "recall@1" in r), default=-1.0)
-            row["best"] = row.get("recall@1", -1.0) > best
+                row |= evaluate(job) | evaluate_held_out(job)
+            chosen_by = "val_recall@1" if job.held_out else "recall@1"
+            best = max((r[chosen_by] for r in state.rows if chosen_by in r), default=-1.0)
+            row["best"] = row.get(chosen_by, -1.0) > best
         row["seconds"] = {**state.current.seconds, "evaluate": time.perf_counter() - started}
         row["seconds"]["epoch"] = sum(row["seconds"].values())
         row["images_per_second"] = 2 * state.current.step * args.batch_size / row["seconds"]["train"]
@@ -330,7 +367,7 @@ def train_steps(job: Job) -> None:
     args, state, epoch = job.args, job.state, job.state.current
     positives = None if epoch.positives is None else epoch.positives.numpy()
     plan = EpochPlan(len(job.training), args.batch_size, job.training.image_size, args.seed, state.epoch + 1, positives,
-                     job.processes.share)  # fmt: skip
+                     job.processes.share, job.training.rows)  # fmt: skip
     if job.resident is None:
         loader = TwoViewLoader(job.training.images, plan, args.workers, epoch.step, job.training.check_unchanged)
     else:
@@ -392,9 +429,12 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
         keep_freed_memory()
     training = load_split(args.data_dir, args.dataset, "training", args.image_size)
     validation = load_split(args.data_dir, args.dataset, "validation", training.image_size)
+    halves, held_out = (training, validation), None
+    if args.val_classes:
+        training, held_out = training.hold_out(args.val_classes)
     check_sizes(args, training, validation, processes.count)
     config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
-    data = {"training": training.fingerprint(), "validation": validation.fingerprint()}
+    data = {name: half.fingerprint() for name, half in zip(("training", "validation"), halves, strict=True)}
     processes.check_same({f"--{name}": config[name] for name in sorted(config.keys() - MACHINE)} | data)
     stale, saved = [], None
     if processes.first:
@@ -417,8 +457,8 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
         compile_backbone(model, device)
     step = training_step(args, model, device, processes)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
-    job = Job(args, config, device, training, validation, data, resident, model, step, optimizer, run, State(), stop,
-              processes)  # fmt: skip
+    job = Job(args, config, device, training, validation, held_out, data, resident, model, step, optimizer, run,
+              State(), stop, processes)  # fmt: skip
     if saved:
         restore(job, saved)
     if processes.first:
@@ -428,6 +468,13 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     log.info("%s: %d training images, %d test images %s, %d px; %s on %s in %s%s; run folder %s",
              args.dataset, len(training), len(validation), classes, training.image_size, args.backbone, device,
              args.precision, f", {processes.count} processes" if processes.count > 1 else "", run.path)  # fmt: skip
+    if held_out:
+        log.info("%d images of %d classes of the training half held out, to choose the epoch on",
+                 len(held_out), args.val_classes)  # fmt: skip
+    if args.baseline:
+        changed = {name: getattr(args, name) for name, value in BASELINES[args.baseline].items()
+                   if getattr(args, name) != value}  # fmt: skip
+        log.info("baseline %s%s", described(args.baseline), f"; but given: {changed}" if changed else "")
     if args.precision == "bf16" and bf16_is_slow(device):
         log.info("this processor has no bfloat16 instructions: --precision bf16 is slower here than fp32")
     if args.resume:
@@ -445,7 +492,7 @@ def training_step(
 
     weights = (args.ml, args.rim, args.recon)
     step = TrainingStep(model, weights, temperature=args.t, alpha=args.alpha, mu=args.mu, neg_m=args.neg_m,
-                        recon_target=args.recon_target, processes=processes)  # fmt: skip
+                        recon_target=args.recon_target, metric_loss=args.metric_loss, processes=processes)  # fmt: skip
     return processes.parallel(step, device, every_weight=all(weights))
 
 
@@ -467,6 +514,8 @@ def check_sizes(args: argparse.Namespace, training, validation, processes: int) 
         raise UserError(
             f"--batch_size {args.batch_size}: the training half of {args.dataset} holds {count} images only"
         )
+    if args.metric_loss == "instance" and args.batch_size < 2:
+        raise UserError("--metric_loss instance: pushes images of a batch apart; give a --batch_size of at least 2")
     if args.batch_size % processes:
         raise UserError(f"--batch_size {args.batch_size}: {processes} processes cannot share a batch evenly; give a "
                         f"multiple of {processes}, or start another number of processes")  # fmt: skip
@@ -663,17 +712,26 @@ def mean_losses(epoch: EpochUnderWay) -> dict[str, float]:
 
 def evaluate(job: Job) -> dict:
     """R@K and NMI of the test half, by its embeddings (paper section 4); nothing where it has no labels."""
+    return scores_of(job, job.validation, "test features") if job.validation.labelled else {}
+
+
+def evaluate_held_out(job: Job) -> dict:
+    """The same of the classes held out, under the names val_recall@1, ..., val_nmi; nothing where there are none."""
+    found = scores_of(job, job.held_out, "held-out features") if job.held_out else {}
+    return {f"val_{name}": value for name, value in found.items()}
+
+
+def scores_of(job: Job, split: Split, title: str) -> dict:
+    """R@K and NMI of the embeddings of labelled images."""
     from utils.evaluation import recall_ranks, score, why_no_nmi
 
-    args, half = job.args, job.validation
-    if not half.labelled:
-        return {}
-    _, embeddings = features(job, half, "test features")
-    ks, no_nmi = recall_ranks(args.dataset), why_no_nmi(args.nmi, len(set(half.labels.tolist())))
+    args = job.args
+    _, embeddings = features(job, split, title)
+    ks, no_nmi = recall_ranks(args.dataset), why_no_nmi(args.nmi, len(set(split.labels.tolist())))
     return by_first(
         job,
-        lambda: score(embeddings.to(job.device), half.labels, memory_mb=args.eval_memory_mb, ks=ks,
-                      is_query=half.is_query, no_nmi=no_nmi),
+        lambda: score(embeddings.to(job.device), split.labels, memory_mb=args.eval_memory_mb, ks=ks,
+                      is_query=split.is_query, no_nmi=no_nmi),
     )  # fmt: skip
 
 
@@ -691,7 +749,9 @@ def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:
                 job.stop.check()
             yield batch
 
-    crops = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
+    crops = center_crops(
+        split.images, args.test_batch, args.workers, split.check_unchanged, processes.share, split.rows
+    )
     return extract_features(job.model, progress(stoppable(crops), rounds, title), args.precision, processes,
                             args.flip_eval)  # fmt: skip
 
@@ -740,26 +800,38 @@ def print_epoch(row: dict) -> None:
     if "recall@1" in row:
         parts.append(" ".join(f"{title} {100 * row[name]:.2f}" for title, name in recall_titles(row).items()))
         nmi = f"{100 * row['nmi']:.2f}" if "nmi" in row else "left out"
-        parts.append(f"NMI {nmi}{' *' if row.get('best') else ''}")
+        parts.append(f"NMI {nmi}{' *' if row.get('best') and 'val_recall@1' not in row else ''}")
     elif "best" in row:
         parts.append("no scores: they need labels")
+    if "val_recall@1" in row:
+        parts.append(f"{figures_of(row, 'val_', ' ')}{' *' if row.get('best') else ''}")
     if "seconds" in row:
         parts.append(f"{row['seconds']['epoch']:.1f} s, {row['images_per_second']:.1f} images/s")
     log.info("  ".join(parts))
 
 
 def print_summary(rows: list[dict], run: Path) -> None:
-    """The last epoch and the best one, the latter marked as chosen on test."""
-    scored = [row for row in rows if "recall@1" in row]
+    """The last epoch and the best one, with what the latter was chosen on."""
+    chosen_by, how = "recall@1", "CHOSEN ON TEST"
+    if any("val_recall@1" in row for row in rows):
+        chosen_by, how = "val_recall@1", "chosen on held-out training classes"
+    scored = [row for row in rows if chosen_by in row]
     if not scored:
         if rows and "best" in rows[-1]:
             log.info("last epoch (%d), not scored for want of labels: %s", rows[-1]["epoch"], run / LAST)
         return
-    best = max(scored, key=lambda row: row["recall@1"])  # the first of equals
-    log.info("NMI %s", nmi_remark(scored[-1]))
-    for title, row, name in (("last epoch", scored[-1], "last.pth"), ("best epoch, CHOSEN ON TEST", best, "best.pth")):
-        nmi = f"  NMI {100 * row['nmi']:.2f}" if "nmi" in row else ""
-        log.info("%s (%d): R@1 %.2f%s  %s", title, row["epoch"], 100 * row["recall@1"], nmi, os.path.join(run, name))
+    best = max(scored, key=lambda row: row[chosen_by])  # the first of equals
+    half = "" if "recall@1" in scored[-1] else "val_"
+    log.info("NMI %s", nmi_remark({name.removeprefix(half): value for name, value in scored[-1].items()}))
+    for title, row, name in (("last epoch", scored[-1], "last.pth"), (f"best epoch, {how}", best, "best.pth")):
+        figures = [figures_of(row, half) for half in ("", "val_") if f"{half}recall@1" in row]
+        log.info("%s (%d): %s  %s", title, row["epoch"], "  ".join(figures), os.path.join(run, name))
+
+
+def figures_of(row: dict, half: str, gap: str = "  ") -> str:
+    """R@1 and, if it was computed, NMI of the test half ("") or the classes held out ("val_")."""
+    nmi = f"{gap}NMI {100 * row[f'{half}nmi']:.2f}" if f"{half}nmi" in row else ""
+    return f"{'held-out ' if half else ''}R@1 {100 * row[f'{half}recall@1']:.2f}{nmi}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +24,20 @@ QUERY, GALLERY = 0, 1  # roles
 
 @dataclass(frozen=True)
 class Split:
-    """One half of a data set: images uint8 RGB (N, S, S, 3), memory-mapped; labels int64 (N,); the image file."""
+    """One half of a data set: images uint8 RGB (N, S, S, 3), memory-mapped; labels int64 (N,); the image file.
+
+    A part of a half (see `hold_out`) has the images of the whole half, and of them the `rows` that are its own.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     path: Path
     stamp: tuple[int, ...] = ()  # of the image file when it was opened: device, inode, size, time of its last change
     roles: np.ndarray | None = None  # int64 (N,), QUERY or GALLERY; None: every image searches all others
+    rows: np.ndarray | None = None  # (n,) which images are this part's, with labels (n,); None: all
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     @property
     def image_size(self) -> int:
@@ -59,6 +63,20 @@ class Split:
     def is_query(self) -> np.ndarray | None:
         """Which images are queries, bool (N,), the others being their gallery; None: each image searches all others."""
         return None if self.roles is None else self.roles == QUERY
+
+    def hold_out(self, classes: int) -> tuple[Split, Split]:
+        """This half without its last `classes` classes by number, and these: nothing is copied.
+
+        Raises UserError where there are no labels, or fewer than two classes on either side.
+        """
+        if not self.labelled:
+            raise UserError(f"--val_classes {classes}: {self.label_path} holds no labels; leave the option out")
+        present = np.unique(self.labels)
+        if classes < 2 or len(present) - classes < 2:
+            raise UserError(f"--val_classes {classes}: the training half has {len(present)} classes; hold out at least "
+                            "2 and leave at least 2 to train on")  # fmt: skip
+        held = self.labels >= present[-classes]
+        return tuple(replace(self, rows=np.flatnonzero(own), labels=self.labels[own]) for own in (~held, held))
 
     def check_unchanged(self) -> None:
         """Raise UserError if the image file has been written to since it was opened; a look at its entry, microseconds.

@@ -46,8 +46,11 @@ class EpochPlan:
         epoch: int,
         positives: np.ndarray | None = None,
         share: tuple[int, int] = (0, 1),
+        rows: np.ndarray | None = None,
     ) -> None:
         """positives: (N,) index of each image's positive; the second view is of it or of the image itself, by coin.
+
+        rows: (N,) where each image lies among those stored; None for images stored alone and in order.
 
         share: (r, n) gives of every batch's images the r-th of n parts (those of one of n processes).
         """
@@ -57,7 +60,7 @@ class EpochPlan:
             raise ValueError(f"a batch of {batch_size} images cannot be shared by {share[1]} processes")
         rng = np.random.default_rng([seed, epoch])
         margin = image_size - crop_size(image_size)
-        self.batch_size, self.share = batch_size, share
+        self.batch_size, self.share, self.rows = batch_size, share, rows
         self.order = rng.permutation(count)  # (N,)
         self.top, self.left = rng.integers(0, margin + 1, (2, 2, count))  # (2, N) each, a row for each view
         self.flip = rng.random((2, count)) < FLIP_PROBABILITY  # (2, N)
@@ -80,7 +83,8 @@ class EpochPlan:
         """The 2m rows of a batch (of the share): first views of its images, then second views in the same order."""
         images = self.images(batch)
         both = [np.concatenate([a[0, images], a[1, images]]) for a in (self.top, self.left, self.flip)]
-        return Views(np.concatenate([images, self.second[images]]), *both)
+        index = np.concatenate([images, self.second[images]])
+        return Views(index if self.rows is None else self.rows[index], *both)
 
 
 def cut_views(images: np.ndarray, views: Views, crop: int) -> np.ndarray:
@@ -158,18 +162,21 @@ def center_crops(
     workers: int = 1,
     check: Callable[[], None] = lambda: None,
     share: tuple[int, int] = (0, 1),
+    rows: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
-    """Iterate the centre crops of all images in order: uint8 (<= batch_size, crop, crop, 3).
+    """Iterate the centre crops of all images (or of these rows) in order: uint8 (<= batch_size, crop, crop, 3).
 
     check: called before and after the images of a batch are read; may raise.
     share: (r, n) gives every n-th batch only, beginning with number r (those of one of n processes).
     """
 
     def batch(first: int) -> Tensor:
-        return torch.from_numpy(center_crop(images[first : first + batch_size]))
+        own = slice(first, first + batch_size)
+        return torch.from_numpy(center_crop(images[own] if rows is None else images[rows[own]]))
 
     part, parts = share
-    yield from _ahead(batch, range(part * batch_size, len(images), parts * batch_size), workers, check)
+    count = len(images if rows is None else rows)
+    yield from _ahead(batch, range(part * batch_size, count, parts * batch_size), workers, check)
 
 
 def _ahead(make, numbers: range, workers: int, check: Callable[[], None]) -> Iterator:

@@ -1,15 +1,18 @@
 """Clustering, metric and reconstruction losses as plain functions of tensors."""
 
-from losses.cbswr import TrainingStep, cbswr_losses, total_loss
+from losses.cbswr import METRIC_LOSSES, TrainingStep, cbswr_losses, total_loss
 from losses.center_softmax import center_softmax_loss
+from losses.instance_softmax import instance_softmax_loss
 from losses.reconstruction import cluster_means, reconstruction_loss
 from losses.rim import rim_loss
 
 __all__ = [
+    "METRIC_LOSSES",
     "TrainingStep",
     "cbswr_losses",
     "center_softmax_loss",
     "cluster_means",
+    "instance_softmax_loss",
     "reconstruction_loss",
     "rim_loss",
     "total_loss",

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from losses.center_softmax import center_softmax_loss
+from losses.instance_softmax import instance_softmax_loss
 from losses.reconstruction import cluster_means, reconstruction_loss
 from losses.rim import rim_loss
 from utils.distributed import ALONE, Processes
+
+# name -> loss of (embeddings (2m, D), centers (U, D), pseudo_labels (2m,), temperature, alpha, neg_m), a scalar
+METRIC_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "center": center_softmax_loss,
+    "instance": lambda embeddings, centers, labels, *settings: instance_softmax_loss(embeddings, *settings),
+}
 
 
 def cbswr_losses(
@@ -23,6 +31,7 @@ def cbswr_losses(
     mu: float = 1.0,
     neg_m: int = 1,
     recon_target: str = "input",
+    metric_loss: str = "center",
     processes: Processes = ALONE,
 ) -> dict[str, Tensor]:
     """Losses of a stacked two-view batch: inputs (2m, 3, H, W), first views then second views.
@@ -30,7 +39,7 @@ def cbswr_losses(
     pseudo_labels: (m,) a label per image (or (2m,), the same for both views); None takes the argmax of the cluster
     head on the first view. Returns scalars "metric", "rim", "reconstruction" and "pseudo_labels" (m,).
     The centroids (mean feature map of a label's rows in both views) reach the metric loss detached and the decoder
-    with their gradient. Raises ValueError for shapes that do not fit.
+    with their gradient. metric_loss: a name of METRIC_LOSSES. Raises ValueError for shapes that do not fit.
 
     processes: inputs and pseudo_labels are this process's share of a batch of m images, for which every process
     computes the same losses and "pseudo_labels" (m,). The backbone runs on the share; the heads and the decoder, little
@@ -60,7 +69,7 @@ def cbswr_losses(
     reconstruction = decoded.index_select(0, own)  # (.., 3, H, W); decoded[own] adds gradients in random order
     target = model.reconstruction_target(inputs, recon_target)
     return {
-        "metric": center_softmax_loss(embedding, centers, labels, temperature, alpha, neg_m),
+        "metric": METRIC_LOSSES[metric_loss](embedding, centers, labels, temperature, alpha, neg_m),
         "rim": rim_loss(cluster_logits, mu),
         "reconstruction": processes.mean(reconstruction_loss(reconstruction, target)),
         "pseudo_labels": labels[:images],

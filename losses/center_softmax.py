@@ -47,16 +47,26 @@ def center_softmax_loss(
             return -pos.mean()
         own = torch.searchsorted(present, pseudo_labels).unsqueeze(1)  # (2m, 1), column of the own centre
         s = x @ c.t() / temperature  # (2m, U)
-        weighted = (s + math.log(neg_m)).scatter(1, own, s.gather(1, own))  # logs of the terms of q's denominator
-        log_sum_all = torch.logsumexp(weighted, 1, keepdim=True)  # (2m, 1)
+        weighted, _, neg = push(s, own, neg_m)
         log_sum_others = torch.logsumexp(weighted.scatter(1, own, -torch.inf), 1)  # (2m,)
-        log_q = (s - log_sum_all).scatter(1, own, -torch.inf)
-        neg = torch.zeros_like(pos)
-        if neg_m == 1:
-            # only the largest q can come near 1, where log(1 - q) cancels: take it as a sum over the rest instead
-            top = s.argmax(1, keepdim=True)
-            rest = torch.logsumexp(weighted.scatter(1, top, -torch.inf), 1)
-            neg = torch.where((top == own).squeeze(1), 0.0, rest - log_sum_all.squeeze(1))
-            log_q = log_q.scatter(1, top, -torch.inf)
-        neg = neg_m * (neg + torch.log1p(-log_q.exp()).sum(1))
         return -(pos - log_sum_others + alpha * neg).mean()
+
+
+def push(s: Tensor, own: Tensor, neg_m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of a softmax loss that pushes a row from all columns but its own one.
+
+    s: (B, U), of -inf where a column does not count; own: (B, 1), the own column; at least one other counts. With q the
+    softmax over the columns in which every other column counts neg_m times, returns the logs of the terms of its
+    denominator (B, U), the log of their sum (B, 1) and neg_m * sum over the others of log(1 - q) (B,).
+    """
+    weighted = (s + math.log(neg_m)).scatter(1, own, s.gather(1, own))
+    log_sum_all = torch.logsumexp(weighted, 1, keepdim=True)
+    log_q = (s - log_sum_all).scatter(1, own, -torch.inf)
+    neg = torch.zeros_like(log_sum_all).squeeze(1)
+    if neg_m == 1:
+        # only the largest q can come near 1, where log(1 - q) cancels: take it as a sum over the rest instead
+        top = s.argmax(1, keepdim=True)
+        rest = torch.logsumexp(weighted.scatter(1, top, -torch.inf), 1)
+        neg = torch.where((top == own).squeeze(1), 0.0, rest - log_sum_all.squeeze(1))
+        log_q = log_q.scatter(1, top, -torch.inf)
+    return weighted, log_sum_all, neg_m * (neg + torch.log1p(-log_q.exp()).sum(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -128,9 +129,22 @@ BACKBONES = {
 }  # fmt: skip
 
 
+def backbone_spec(name: str) -> BackboneSpec:
+    """The backbone of a name of BACKBONES, or of a network of timm, `timm:NAME`. Raises UserError for others."""
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if name.startswith("timm:"):
+        from models.timm_backbones import timm_spec  # only its users wait for it
+
+        return timm_spec(name)
+    close = difflib.get_close_matches(name, BACKBONES, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"unknown backbone {name!r}{hint} (choose from {', '.join(BACKBONES)}, timm:NAME)")
+
+
 def check_crop_size(backbone: str, crop: int) -> None:
     """Raise UserError for crops of `crop` pixels a side, too small for `backbone` to make a feature map of."""
-    smallest = BACKBONES[backbone].smallest_crop
+    smallest = BACKBONES[backbone].smallest_crop if backbone in BACKBONES else 1  # timm's are resized to
     if crop < smallest:
         raise UserError(
             f"--backbone {backbone}: takes crops of at least {smallest} px, and these images are cropped to {crop}; "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.distributed import Processes
+from utils.errors import UserError
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -44,6 +45,10 @@ def share_batch_norm(network: nn.Module, processes: Processes, device: torch.dev
     """`network` (a backbone) with every batch norm taken over all processes' rows; weights and names stay."""
     if processes.count == 1:
         return network
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and type(module) is not nn.BatchNorm2d:
+            raise UserError(f"the backbone's {type(module).__name__} cannot be shared by processes; train it in one "
+                            "process, or choose another --backbone")  # fmt: skip
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for parent in list(network.modules()):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbones import BACKBONES
+from models.backbones import backbone_spec
 from models.decoder import Decoder
 from models.pooling import PAPER, Pooling
 from models.weights import load_backbone_weights
@@ -24,7 +23,7 @@ class CBSwR(nn.Module):
 
     def __init__(self, backbone: str, n_cluster: int, low_dim: int, pooling: Pooling = PAPER) -> None:
         super().__init__()
-        spec = BACKBONES[backbone]
+        spec = backbone_spec(backbone)
         pooling.check(spec.stages, backbone)
         self.backbone_name = backbone
         self.n_cluster = n_cluster
@@ -106,17 +105,14 @@ def build_model(
 ) -> CBSwR:
     """Make a CBSwR network (paper section 3); heads and decoder start from torch's global random generator.
 
-    backbone: a name of `models.BACKBONES`. weights: None or "none" (random), "auto" (the usual ImageNet weights), or
-    the path of a torch or HDF5 file with the backbone's weights. pooling: see `models.pooling.Pooling`.
+    backbone: a name of `models.BACKBONES`, or timm:NAME. weights: None or "none" (random), "auto" (the usual ImageNet
+    weights), or the path of a torch, HDF5 or safetensors file with the backbone's weights. pooling: see
+    `models.pooling.Pooling`.
     Raises UserError for an unknown backbone or layer, or weights that cannot be had or do not fit.
     """
-    if backbone not in BACKBONES:
-        close = difflib.get_close_matches(backbone, BACKBONES, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"unknown backbone {backbone!r}{hint} (choose from {', '.join(BACKBONES)})")
     if n_cluster < 1 or low_dim < 1:
         raise UserError(f"n_cluster and low_dim are at least 1, not {n_cluster} and {low_dim}")
     model = CBSwR(backbone, n_cluster, low_dim, pooling)
     if weights is not None and weights != "none":
-        load_backbone_weights(model.base_model, backbone, BACKBONES[backbone], weights)
+        load_backbone_weights(model.base_model, backbone, weights)
     return model

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.backbones import BACKBONES
+from models.backbones import BACKBONES, backbone_spec
 from models.cbswr import CBSwR, build_model
 from models.pooling import PAPER, Pooling
+from models.timm_backbones import is_timm_name
 from models.weights import check_tensors, read_torch_file
 from utils.errors import UserError
 from utils.runs import find_checkpoint
@@ -111,7 +112,7 @@ def _describe(
         raise UserError(f"{path}: not a CBSwR checkpoint: K is {n_cluster} and the embedding has {low_dim} dimensions")
     found = _kinds(state)
     nearest, nearest_faults = "", None
-    for backbone in sorted(BACKBONES, key=lambda name: name != named):
+    for backbone in [named] if is_timm_name(named) else sorted(BACKBONES, key=lambda name: name != named):
         try:
             expected = _layout(backbone, n_cluster, low_dim, pooling)
         except UserError:  # it has no such layers
@@ -135,6 +136,8 @@ def _layout(backbone: str, n_cluster: int, low_dim: int, pooling: Pooling) -> di
     """What the state_dict of such a network holds, see `_kinds`; nothing is allocated."""
     import torchvision  # noqa: F401  # imported for the first time under the meta device, torch 2.6 fails
 
+    if is_timm_name(backbone):
+        backbone_spec(backbone)  # its faults, and its imports
     with torch.device("meta"):
         return _kinds(CBSwR(backbone, n_cluster, low_dim, pooling).state_dict())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,8 @@ def export_onnx(
     model = copy.deepcopy(model).cpu().float().eval()
     images = torch.zeros(2, crop, crop, 3, dtype=torch.uint8)
     _make_plain(model, images)
-    with written_whole(path) as beside, torch.no_grad():
+    with written_whole(path) as beside, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are constants but for the batch's
         torch.onnx.export(
             _Embedder(model, features, flip).eval(), (images,), str(beside), input_names=["images"],
             output_names=["features"], dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.backbones import BackboneSpec
+from models.backbones import BACKBONES, BackboneSpec
 from models.googlenet import from_caffe_name
 from utils.errors import UserError
 
@@ -162,12 +162,18 @@ def _backbone_names(arrays: dict[str, Tensor], own: dict[str, Tensor]) -> dict[s
     return named
 
 
-def load_backbone_weights(backbone: nn.Module, name: str, spec: BackboneSpec, weights: str | os.PathLike) -> str:
-    """Fill `backbone` in place; returns a line that says from where.
+def load_backbone_weights(backbone: nn.Module, name: str, weights: str | os.PathLike) -> None:
+    """Fill `backbone` in place.
 
-    `weights`: "auto" (models/googlenet.h5 for googlenet, torchvision's ImageNet weights for the others) or a path.
-    Raises UserError for a missing or unreadable file, a failed download, or weights of another network.
+    `weights`: "auto" (models/googlenet.h5 for googlenet, torchvision's ImageNet weights or timm's for the others) or a
+    path. Raises UserError for a missing or unreadable file, a failed download, or weights of another network.
     """
+    if name not in BACKBONES:
+        from models.timm_backbones import load_timm_weights
+
+        load_timm_weights(backbone, weights)
+        return
+    spec = BACKBONES[name]
     if weights == "auto" and name in {"googlenet", "googlenet_caffe"}:
         weights = GOOGLENET_FILE
         if not weights.is_file():
@@ -181,16 +187,23 @@ def load_backbone_weights(backbone: nn.Module, name: str, spec: BackboneSpec, we
     if weights == "auto":
         source, arrays = f"torchvision {spec.torchvision_weights}.IMAGENET1K_V1", _download(spec, name)
     else:
-        source, arrays = str(weights), _read_weights_file(Path(weights))
-        check_tensors(arrays, weights)
-    _fill(backbone, arrays, name, source)
-    return source
+        source, arrays = str(weights), read_weights_file(weights)
+    fill(backbone, arrays, name, source)
 
 
-def _read_weights_file(path: Path) -> dict[str, Tensor]:
+def read_weights_file(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The named tensors of a torch, HDF5 or safetensors file, checked; UserError where it is none."""
+    arrays = _read_named_tensors(Path(path))
+    check_tensors(arrays, path)
+    return arrays
+
+
+def _read_named_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"--weights {path}: {what}; give a torch or HDF5 file, or auto or none")
+        raise UserError(f"--weights {path}: {what}; give a torch, HDF5 or safetensors file, or auto or none")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     with open(path, "rb") as file:
         is_hdf5 = file.read(8) == _HDF5_SIGNATURE
     if is_hdf5 or path.suffix in {".h5", ".hdf5"}:
@@ -206,7 +219,19 @@ def _read_weights_file(path: Path) -> dict[str, Tensor]:
     return arrays
 
 
-def _fill(backbone: nn.Module, arrays: dict[str, Tensor], name: str, source: str) -> None:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"--weights {path}: needs the package safetensors; pip install safetensors") from None
+    try:
+        return load_file(path)
+    except Exception as error:  # of the reader's own kind
+        raise UserError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
+
+
+def fill(backbone: nn.Module, arrays: dict[str, Tensor], name: str, source: str) -> None:
+    """Put named tensors into a network in place; UserError where they are not its own."""
     own = backbone.state_dict()
     arrays = _backbone_names(arrays, own)
     missing = [key for key in own if key not in arrays and not key.endswith("num_batches_tracked")]

@@ -27,6 +27,7 @@ CASES = {
     "resnet": ("resnet_small", None, (0.9, 0.3, 1.0), {}),
     "googlenet": ("googlenet", LABELS, (0.9, 0.3, 1.0), {"neg_m": 3, "recon_target": "image"}),
     "one cluster": ("resnet_small", torch.zeros(IMAGES, dtype=torch.long), PAPER, {"temperature": 0.5}),
+    "instance softmax": ("resnet_small", None, (1.0, 0.0, 0.0), {"metric_loss": "instance", "neg_m": 2}),
     "without decoder": ("resnet_small", LABELS, (1.0, 2.0, 0.0), {"mu": 0.5, "alpha": 2.0}),
 }
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from losses import METRIC_LOSSES
 from models import BACKBONES, build_model
 from models.backbones import CAFFE, IMAGENET, PLUS_MINUS_ONE
 from models.decoder import Decoder, WeightedBatchNorm2d
 from models.lrn import LocalResponseNorm
-from utils.arguments import BACKBONE_NAMES
+from utils.arguments import BACKBONE_NAMES, METRIC_LOSS_NAMES
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,6 +145,7 @@ def test_decoder_doubles_the_map_five_times():
 
 def test_the_names_on_the_command_line_are_those_of_the_backbones():
     assert tuple(BACKBONES) == BACKBONE_NAMES == tuple(CHANNELS)
+    assert tuple(METRIC_LOSSES) == METRIC_LOSS_NAMES
 
 
 @pytest.mark.parametrize("name", BACKBONES)

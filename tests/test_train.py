@@ -171,13 +171,14 @@ def test_another_process_gets_the_same_numbers(data, tmp_path, baseline):
 LIVE = {
     "lr": 0.01, "t": 0.3, "low_dim": 8, "mu": 2.0, "alpha": 0.2, "rim": 1.0, "recon": 1.0, "ml": 0.1, "n_cluster": 6,
     "neg_m": 3, "seed": 4, "batch_size": 6, "positives": "nn", "pseudo_labels": "kmeans", "recon_target": "image",
-    "precision": "bf16", "pool": "gem", "layers": "layer2,layer3", "head_init": "pca",
+    "precision": "bf16", "pool": "gem", "layers": "layer2,layer3", "head_init": "pca", "metric_loss": "instance",
 }  # fmt: skip
 SHOWN_ELSEWHERE = {
     "n_epoch", "interval", "test_batch", "log_dir", "checkpoint_dir", "model_name", "config", "resume", "overwrite",
     "checkpoint_every_steps", "deterministic", "workers", "dataset",
     "data_dir", "image_size", "backbone", "weights", "device", "data_on", "kmeans_engine",
-    "eval_memory_mb", "compile", "nmi", "help", "flip_eval",
+    "eval_memory_mb", "compile", "nmi", "help", "flip_eval", "baseline",
+    "val_classes",
 }  # fmt: skip
 
 
@@ -195,6 +196,7 @@ def test_option_changes_the_training(data, tmp_path, baseline, name):
 
 
 @pytest.mark.parametrize("name, part", [
+    ("metric_loss", "metric_loss"),
     ("t", "metric_loss"), ("alpha", "metric_loss"), ("neg_m", "metric_loss"), ("mu", "rim_loss"),
     ("recon_target", "reconstruction_loss"),
 ])  # fmt: skip

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 
 from utils.errors import one_line
@@ -29,6 +30,7 @@ BACKBONE_NAMES = (
     "resnet101",
     "resnet_small",
 )
+METRIC_LOSS_NAMES = ("center", "instance")  # the names of losses.METRIC_LOSSES
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -76,6 +78,11 @@ def name_of(choices: tuple[str, ...]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def backbone_name(text: str) -> str:
+    """An argparse type: one of BACKBONE_NAMES, or timm:NAME; whether timm knows it is seen when it is made."""
+    return text if re.fullmatch(r"timm:\w+(\.\w+)?", text) else name_of((*BACKBONE_NAMES, "timm:NAME"))(text)
 
 
 def folder_name(text: str) -> str:

@@ -44,7 +44,7 @@ def find_checkpoint(given: str) -> Path:
         return path
     best, last = run / BEST, run / LAST
     if best.is_file():
-        said = f"taking {best}, the epoch that was best on the test half (chosen on test; {LAST} is the last)"
+        said = f"taking {best}, the epoch that was best on {_chosen_on(run)}; {LAST} is the last)"
     elif last.is_file():
         said = f"taking {last}, no epoch of this run was scored"
     else:
@@ -52,6 +52,15 @@ def find_checkpoint(given: str) -> Path:
     if is_first():
         print(f"{given}: {said}")
     return best if best.is_file() else last
+
+
+def _chosen_on(run: Path) -> str:
+    """What the best epoch of a run was chosen on, in words."""
+    try:
+        held_out = json.loads((run / CONFIG).read_text(encoding="utf-8")).get("val_classes")
+    except (OSError, ValueError, AttributeError):  # of another making; the released code chose on test
+        held_out = 0
+    return "held-out training classes (not on test" if held_out else "the test half (chosen on test"
 
 
 class RunFolder:
@@ -189,12 +198,13 @@ def _are_metrics(rows: object) -> bool:
         return False
     if not all(isinstance(row, dict) and _is_count(row.get("epoch")) for row in rows):
         return False
-    scored = [row for row in rows if "recall@1" in row]
     clusters = (("nmi", float), ("nmi_protocol", str)), (("nmi_left_out", str),)
     return all(
-        isinstance(row.get(name), kind)
-        for row in scored
-        for name, kind in (("recall@1", float), *clusters["nmi_left_out" in row])
+        isinstance(row.get(half + name), kind)
+        for half in ("", "val_")
+        for row in rows
+        if f"{half}recall@1" in row
+        for name, kind in (("recall@1", float), *clusters[f"{half}nmi_left_out" in row])
     )
 
 
