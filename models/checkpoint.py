@@ -115,8 +115,10 @@ def _describe(
     for backbone in [named] if is_timm_name(named) else sorted(BACKBONES, key=lambda name: name != named):
         try:
             expected = _layout(backbone, n_cluster, low_dim, pooling)
-        except UserError:  # it has no such layers
-            continue
+        except UserError:
+            if is_timm_name(named):
+                raise
+            continue  # it has no such layers
         if expected == found:
             return n_cluster, low_dim, backbone
         faults = [n for n in dict.fromkeys((*expected, *found)) if expected.get(n) != found.get(n)]
