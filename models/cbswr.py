@@ -73,6 +73,18 @@ class CBSwR(nn.Module):
             return self.normalization.pixels(inputs) / 255
         raise ValueError(f"recon_target is input or image, not {kind!r}")
 
+    def reconstructed_pixels(self, reconstruction: Tensor, kind: str = "input") -> Tensor:
+        """What a decoder trained on `reconstruction_target` of that kind shows: (B, 3, H, W) -> uint8 RGB (B, H, W, 3).
+
+        Pixels darker than the mean cannot be reconstructed of kind "input": the decoder's range begins at 0.
+        """
+        pixels = 255 * _as_float(reconstruction)
+        if kind == "input":
+            pixels = pixels + pixels.new_tensor(self.normalization.mean).view(1, 3, 1, 1)
+        if self.normalization.order == "BGR":
+            pixels = pixels.flip(1)
+        return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """For mining, clustering and evaluation: images (B, 3, H, W) -> pooled (B, C), embedding (B, D).
 

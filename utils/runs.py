@@ -9,6 +9,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 
 from utils.errors import UserError
@@ -16,6 +17,7 @@ from utils.files import sync_folder, written_whole
 from utils.process import is_first
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pth", "best.pth"
+REPORT = "report.html"  # of report.py
 
 
 def run_folder(path: Path) -> Path:
@@ -42,6 +44,17 @@ def find_checkpoint(given: str) -> Path:
     if is_first():
         print(f"{given}: {said}")
     return best if best.is_file() else last
+
+
+def scalars(row: dict) -> dict[str, float]:
+    """The finite numbers of a row of metrics.jsonl by name, those of an inner object as `seconds/train`; no epoch."""
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "epoch" and isfinite(value):
+            found[name] = value
+    return found
 
 
 class RunFolder:
