@@ -29,7 +29,7 @@ def make_parser() -> Parser:
                    "folder")  # fmt: skip
     g = p.add_argument_group("what is shown")
     g.add_argument("--checkpoint", type=name_of((LAST, BEST)), default=LAST,
-                   help=f"whose images are shown; {BEST} was chosen on the test half, and the page says so")  # fmt: skip
+                   help=f"whose images are shown; {BEST} was chosen on the test half, as the page says")  # fmt: skip
     g.add_argument("--queries", type=whole(1, 100), default=8, help="random queries, and as many of the worst")
     g.add_argument("--neighbours", type=whole(1, 50), default=8, help="hits for each query")
     g.add_argument("--clusters", type=whole(1, 200), default=12,

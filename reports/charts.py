@@ -21,7 +21,7 @@ POINT_TIP = """<div style="width:112px;text-align:center;overflow-wrap:anywhere"
 
 def bokeh_script() -> str:
     """BokehJS, to be put into the page."""
-    return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="error").js_raw)
+    return Resources(mode="inline", components=["bokeh"]).js_raw[0]
 
 
 def style_of(number: int) -> tuple[str, str]:
@@ -31,7 +31,7 @@ def style_of(number: int) -> tuple[str, str]:
 
 def curve(chart: Chart) -> dict:
     """A chart of lines by epoch, as what `Bokeh.embed.embed_item` takes."""
-    plot = _plot(height=210, toolbar_location=None, y_range=chart.limits())
+    plot = _plot(sizing_mode="stretch_width", height=210, toolbar_location=None, y_range=chart.limits())
     plot.xaxis.axis_label = "epoch"
     plot.xaxis.ticker.min_interval = 1
     for number, line in enumerate(chart.lines):
@@ -45,20 +45,21 @@ def curve(chart: Chart) -> dict:
 
 
 def scatter(columns: dict[str, list], labelled: bool) -> dict:
-    """The map of the embedding: columns x, y, picture (data URI), name, note, right (bool), group (of points marked
+    """The map of the embedding, as what `Bokeh.embed.embed_item` takes.
 
-    together), as what `Bokeh.embed.embed_item` takes.
+    columns, a value for each point: x, y, picture (data URI), name, note, right (bool), group (picked together).
     """
-    plot = _plot(height=560, toolbar_location="above")
+    plot = _plot(sizing_mode="stretch_both", toolbar_location="above")
     plot.axis.visible = False
     plot.grid.visible = False
     columns = dict(columns)
     right = columns["right"]
     columns["marker"] = ["circle" if r or not labelled else "x" for r in right]
+    columns["size"] = [7 if r or not labelled else 8 for r in right]
     columns["colour"] = [(RIGHT if r else WRONG) if labelled else PLAIN for r in right]
     source = ColumnDataSource(columns, name="points")
-    points = plot.scatter("x", "y", source=source, marker="marker", size=7, line_color="colour", fill_color="colour",
-                          fill_alpha=0.45, line_alpha=0.9, nonselection_alpha=0.12, selection_line_width=2)  # fmt: skip
+    points = plot.scatter("x", "y", source=source, marker="marker", size="size", color="colour", fill_alpha=0.45,
+                          line_alpha=0.9, nonselection_alpha=0.12, selection_line_width=2)  # fmt: skip
     pan, zoom, box = PanTool(), WheelZoomTool(), BoxZoomTool()
     plot.add_tools(pan, zoom, box, ResetTool(), TapTool(renderers=[points]))
     plot.add_tools(HoverTool(renderers=[points], tooltips=POINT_TIP, attachment="horizontal"))
@@ -66,8 +67,8 @@ def scatter(columns: dict[str, list], labelled: bool) -> dict:
 
 
 def _plot(**options):
-    """An empty figure as wide as its place; nothing is dragged until a tool is chosen, so that a page can be scrolled."""
-    plot = figure(sizing_mode="stretch_width", tools="", active_drag=None, active_scroll=None, active_inspect="auto",
+    """An empty figure; nothing is dragged until a tool is chosen, so that the page can be scrolled."""
+    plot = figure(tools="", active_drag=None, active_scroll=None, active_inspect="auto",
                   min_width=120, output_backend="canvas", **options)  # fmt: skip
     plot.toolbar.logo = None
     plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None

@@ -79,12 +79,13 @@ def _clusters(sights: Sights) -> Figure:
     for step in np.unique(np.linspace(0, len(shown) - 1, min(CLUSTERS, len(shown))).round().astype(int)):
         cluster = shown[step]
         pure = "" if cluster.purity is None else f"\n{100 * cluster.purity:.0f} % pure"
-        rows.append((f"{cluster.size} images{pure}", None, [(i, bool(test.labels[i] == cluster.label)) for i in cluster.rows]))
+        others = [(row, bool(test.labels[row] == cluster.label)) for row in cluster.rows]
+        rows.append((f"{cluster.size} images{pure}", None, others))
     return _gallery(rows, test)
 
 
 def _gallery(rows: Sequence[tuple[str, int | None, Sequence[tuple[int, bool]]]], test: Split) -> Figure:
-    """Rows of images: words, a first image or none, and others with whether they are right (framed if classes are known)."""
+    """Rows of words, a first image or none, and others with whether they are right (framed if classes are known)."""
     start = 1.25 if rows[0][1] is None else 1.9  # where the others begin, in tiles
     width = start + max(len(others) for _, _, others in rows)
     figure = plt.figure(figsize=(TILE * width, TILE * len(rows)))
@@ -106,7 +107,8 @@ def _show(axes: Axes, image: np.ndarray, x: float, y: float, right: bool | None 
     axes.imshow(image, extent=(x - 0.44, x + 0.44, y - 0.44, y + 0.44))
     if right is not None:
         colour, dash = RIGHT if right else WRONG
-        axes.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, fill=False, edgecolor=colour, linestyle=dash, linewidth=1.8))
+        corner = (x - 0.45, y - 0.45)
+        axes.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=colour, linestyle=dash, linewidth=1.8))
 
 
 def _plain(label: str) -> str:

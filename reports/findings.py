@@ -60,17 +60,13 @@ class Reconstruction:
     size: int
 
 
-def random_queries(
-    embeddings: Tensor, count: int, neighbours: int, seed: int, memory_mb: float
-) -> list[Answer]:
+def random_queries(embeddings: Tensor, count: int, neighbours: int, seed: int, memory_mb: float) -> list[Answer]:
     """The neighbours of `count` images of embeddings (N, D), drawn by `seed`."""
     drawn = np.random.default_rng(seed).permutation(len(embeddings))[:count]
     return answers(embeddings, torch.from_numpy(drawn), neighbours, memory_mb)
 
 
-def worst_queries(
-    embeddings: Tensor, labels: Tensor, count: int, neighbours: int, memory_mb: float
-) -> list[Answer]:
+def worst_queries(embeddings: Tensor, labels: Tensor, count: int, neighbours: int, memory_mb: float) -> list[Answer]:
     """The queries of embeddings (N, D), labels (N,), whose first image of the same class comes last.
 
     Images that are alone in their class, which nothing can find, and those that are found first are none of them.
@@ -94,8 +90,8 @@ def answers(
     squares, found = nearest_neighbors(embeddings, k, queries=embeddings[queries], memory_mb=memory_mb)
     listed = []
     for number, query in enumerate(queries.tolist()):
-        others = [(int(row), float(d) ** 0.5) for row, d in zip(found[number], squares[number], strict=True) if row != query]
-        rows, distances = zip(*others[:neighbours], strict=True)
+        pairs = zip(found[number].tolist(), squares[number].sqrt().tolist(), strict=True)
+        rows, distances = zip(*[pair for pair in pairs if pair[0] != query][:neighbours], strict=True)
         listed.append(Answer(query, list(rows), list(distances), None if ranks is None else int(ranks[number])))
     return listed
 
@@ -156,11 +152,11 @@ def reconstructions(
     members = [(labels == label).nonzero().flatten() for label in largest]
     centroids = torch.stack([maps[rows].float().mean(0) for rows in members])
     images = model.reconstructed_pixels(model.decoder(centroids.to(device), size), target).cpu().numpy()
-    near = [rows[(embeddings[rows] @ embeddings[rows].mean(0)).argsort(descending=True, stable=True)] for rows in members]
-    return [
-        Reconstruction(image, rows[:BESIDE_CENTROID].tolist(), len(rows))
-        for image, rows in zip(images, near, strict=True)
-    ]
+    found = []
+    for image, rows in zip(images, members, strict=True):
+        near = (embeddings[rows] @ embeddings[rows].mean(0)).argsort(descending=True, stable=True)[:BESIDE_CENTROID]
+        found.append(Reconstruction(image, rows[near].tolist(), len(rows)))
+    return found
 
 
 def map_of(embeddings: Tensor, points: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -241,7 +243,7 @@ def _tile(sights: Sights, row: int, caption: str, right: bool | None = None) -> 
         "picture": data_uri(sights.run.test.images[row], GALLERY_SIDE),
         "alt": f"{sights.called[row]}{f', class {name}' if name else ''}{said}",
         "caption": caption,
-        "name": name or sights.called[row],
+        "name": (f"class {name}" if name.isdigit() else name) or sights.called[row],
         "right": right,
     }
 
@@ -254,19 +256,20 @@ def _answer_context(sights: Sights, answer: findings.Answer) -> dict:
         for place, (row, distance) in enumerate(zip(answer.hits, answer.distances, strict=True), 1)
     ]
     rank = answer.rank
-    found = None if rank is None else f"{rank}{' or later' if rank > findings.DEEPEST else ''}"
-    return {"query": _tile(sights, answer.query, "query"), "hits": hits, "rank": found}
+    first = "" if rank is None else f", its class first at rank {rank}{' or later' if rank > findings.DEEPEST else ''}"
+    return {"query": _tile(sights, answer.query, f"query{first}"), "hits": hits}
 
 
 def _cluster_context(sights: Sights, cluster: findings.Cluster) -> dict:
     labels = sights.run.test.labels
     known = cluster.label is not None
+    rights = [bool(labels[row] == cluster.label) if known else None for row in cluster.rows]
     major = next((sights.classes[row] for row in cluster.rows if labels[row] == cluster.label), str(cluster.label))
     return {
         "size": cluster.size,
         "purity": None if cluster.purity is None else 100 * cluster.purity,
         "label": major if known else None,
-        "tiles": [_tile(sights, row, "", bool(labels[row] == cluster.label) if known else None) for row in cluster.rows],
+        "tiles": [_tile(sights, row, "", right) for row, right in zip(cluster.rows, rights, strict=True)],
     }
 
 
@@ -322,7 +325,8 @@ def _facts(run: Run, options: Options) -> list[tuple[str, str]]:
         known = "" if then is None or now is None else ", as in training" if then == now else ", NOT those of the run"
         for part in ("images", "labels"):
             value = (now or {}).get(part) or (str(then[part]) if isinstance(then, dict) and part in then else None)
-            if value:
+            if value:  # 16 of the 64 digits tell data sets apart; the checkpoint holds them all
+                value = re.sub(r"(sha256 \w{16})\w+", r"\1…", value)
                 facts.append((f"{'test' if half == 'validation' else half} {part}", f"{value}{known}"))
     return facts
 
@@ -339,8 +343,8 @@ def _versions() -> str:
 
 
 def _text(value: object) -> str:
-    """A setting as its JSON would say it, texts without quotes."""
-    return {True: "true", False: "false", None: "none"}[value] if value is None or value is True or value is False else str(value)
+    """A setting as JSON, a text without its quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _hash(script: str) -> str:

@@ -47,7 +47,7 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: holds no run (none of {CONFIG}, {METRICS}, {LAST}); give a folder that train.py made")
     run = Run(path)
     run.config = _kept(run, "config", path / CONFIG, lambda text: _object(json.loads(text)), {})
-    run.rows = _kept(run, "metrics", path / METRICS, lambda text: [_row(json.loads(r)) for r in text.split("\n") if r], [])
+    run.rows = _kept(run, "metrics", path / METRICS, _rows, [])
     if not run.rows and "metrics" not in run.missing:
         run.missing["metrics"] = f"{path / METRICS} is empty: no epoch of this run is finished yet."
     return run
@@ -84,7 +84,7 @@ def open_data(run: Run, data_dir: str | None) -> None:
 
 
 def names_of(split: Split) -> tuple[list[str], list[str]]:
-    """What each image is called, and its class ("" without labels); by the list beside the arrays where there is one."""
+    """What each image is called, and its class ("" without labels), by the list beside the arrays if there is one."""
     listed = listed_paths(split)
     called = [f"image {row}" if "#" in Path(path).name else Path(path).name for row, (path, _) in enumerate(listed)]
     return called, [name for _, name in listed]
@@ -96,10 +96,11 @@ def _object(value: object) -> dict:
     return value
 
 
-def _row(value: object) -> dict:
-    if not isinstance(_object(value).get("epoch"), int):
+def _rows(text: str) -> list[dict]:
+    rows = [_object(json.loads(line)) for line in text.split("\n") if line]
+    if not all(isinstance(row.get("epoch"), int) for row in rows):
         raise ValueError("a row without its epoch")
-    return value
+    return rows
 
 
 def _kept(run: Run, part: str, path: Path, parse: Callable[[str], Any], otherwise: Any) -> Any:

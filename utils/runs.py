@@ -18,6 +18,7 @@ from utils.process import is_first
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pth", "best.pth"
 REPORT = "report.html"  # of report.py
+EVENTS = "events.out.tfevents.*.metrics"  # for TensorBoard
 
 
 def run_folder(path: Path) -> Path:
@@ -66,7 +67,8 @@ class RunFolder:
 
     def files_to_overwrite(self, overwrite: bool) -> list[Path]:
         """The files of a run that lies here already. UserError if it has checkpoints, unless `overwrite`."""
-        held = [self.path / name for name in (LAST, BEST, METRICS, CONFIG) if (self.path / name).exists()]
+        held = [self.path / name for name in (LAST, BEST, METRICS, CONFIG, REPORT) if (self.path / name).exists()]
+        held += self.path.glob(EVENTS)
         for path in held:
             if path.is_dir():
                 raise UserError(f"{path}: is a folder, not the file of a run; choose another --model_name")
