@@ -155,6 +155,7 @@ def reconstruct(run: Run, sights: Sights, options: Options) -> None:
 def render(runs: Sequence[Run], shown: Sequence[dict], options: Options) -> str:
     """The HTML of the page; jinja2 escapes every name and value that comes from a file."""
     found = charts([(run.name, run.rows) for run in runs])
+    found = [chart for chart in found if any(len(line.epochs) > 1 for line in chart.lines)]
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -321,10 +322,13 @@ def _facts(run: Run, options: Options) -> list[tuple[str, str]]:
         facts.append(("checkpoint", f"{options.checkpoint}, after epoch {epoch}{chosen}"))
     for half, split in (("training", run.training), ("validation", run.test)):
         then = run.info.get("data", {}).get(half)
-        now = split.fingerprint() if split is not None else None
-        known = "" if then is None or now is None else ", as in training" if then == now else ", NOT those of the run"
+        then = then if isinstance(then, dict) else {}
+        now = split.fingerprint() if split is not None else {}
         for part in ("images", "labels"):
-            value = (now or {}).get(part) or (str(then[part]) if isinstance(then, dict) and part in then else None)
+            value, before = now.get(part), then.get(part)
+            known = ", as in training" if value == before else ", NOT those of the run"
+            known = known if value and before else ""
+            value = value or str(before or "")
             if value:  # 16 of the 64 digits tell data sets apart; the checkpoint holds them all
                 value = re.sub(r"(sha256 \w{16})\w+", r"\1…", value)
                 facts.append((f"{'test' if half == 'validation' else half} {part}", f"{value}{known}"))
