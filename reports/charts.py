@@ -35,6 +35,8 @@ def curve(chart: Chart) -> dict:
     plot.xaxis.axis_label = "epoch"
     plot.xaxis.ticker.min_interval = 1
     for number, line in enumerate(chart.lines):
+        if not line.epochs:
+            continue
         colour, dash = style_of(number)
         source = ColumnDataSource({"epoch": line.epochs, "value": line.values, "line": [line.label] * len(line.epochs)})
         plot.line("epoch", "value", source=source, color=colour, line_width=2, line_dash=dash)

@@ -21,7 +21,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: (epochs, values) of the same length."""
+    """A curve: epochs and values, as many of each; none of a run that lacks the number."""
 
     label: str
     epochs: list[int]
@@ -30,7 +30,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Some lines under a title; `group` is one of GROUPS."""
+    """Some lines under a title, a line's place being its style; `group` is one of GROUPS."""
 
     group: str
     title: str
@@ -64,7 +64,6 @@ def charts(runs: Sequence[tuple[str, list[dict]]]) -> list[Chart]:
     found: dict[str, Chart] = {}
     for name in names:
         lines = [_line(run, name, rows) for run, rows in runs]
-        lines = [line for line in lines if line.epochs]
         group, title = _group_of(name), title_of(name)
         together = {"recall@": "R@K, %", "seconds/": "Seconds an epoch", "cluster size/": "Images in a cluster"}
         prefix = next((p for p in together if name.startswith(p)), None)

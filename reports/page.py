@@ -309,7 +309,10 @@ def _map_context(sights: Sights) -> dict:
 
 
 def _chart_context(chart: Chart) -> dict:
-    lines = [(line.label, *style_of(number), f"{line.values[-1]:.4g}") for number, line in enumerate(chart.lines)]
+    lines = [
+        (line.label, *style_of(number), f"{line.values[-1]:.4g}" if line.values else "none")
+        for number, line in enumerate(chart.lines)
+    ]
     return {"title": chart.title, "lines": lines, "item": curve(chart), "single": len(chart.lines) == 1}
 
 

@@ -169,6 +169,8 @@ def test_every_number_of_the_metrics_has_a_curve():
     assert {line.label for line in one["Images in a cluster"].lines} == {"smallest", "largest"}
     both = {chart.title: chart for chart in charts([("a", rows), ("b", rows[:1])])}
     assert [(line.label, line.values) for line in both["Loss (weighted sum)"].lines] == [("a", [2, 1]), ("b", [2])]
+    lacking = {chart.title: chart for chart in charts([("a", []), ("b", rows)])}["Loss (weighted sum)"]
+    assert [(line.label, line.values) for line in lacking.lines] == [("a", []), ("b", [2, 1])]  # b keeps its style
     assert {"R@1, %", "Seconds an epoch: train", "cluster size/smallest"} <= both.keys()
 
 
