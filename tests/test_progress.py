@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
+import select
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,13 +23,15 @@ for _ in progress(range(12), 12, "epoch 1: train"):
 
 
 def run(stderr: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "LINES": "30"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", PROGRAM], stderr=stderr, env=environment, cwd=ROOT, check=True, timeout=60)
 
 
 def test_rate_and_time_left_on_a_terminal():
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))  # rows and columns
     run(theirs)
+    assert select.select([ours], [], [], 1)[0], "nothing was shown"
     shown = os.read(ours, 65536).decode()
     os.close(theirs)
     os.close(ours)
