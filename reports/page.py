@@ -26,6 +26,7 @@ from reports.pictures import GALLERY_SIDE, MAP_SIDE, data_uri
 from reports.runs import Run, names_of, open_data, open_network, read_run
 from utils.devices import choose_device
 from utils.errors import UserError
+from utils.evaluation import EVAL_MEMORY_MB
 from utils.features import extract_features
 from utils.files import written_whole
 from utils.progress import progress
@@ -51,7 +52,7 @@ class Options:
     device: str = "auto"
     test_batch: int = 100
     workers: int = 2
-    memory_mb: int = 512
+    memory_mb: int = EVAL_MEMORY_MB
 
 
 @dataclass
@@ -287,7 +288,7 @@ def _map_context(sights: Sights) -> dict:
     """The item of the map: a point for each image, with the image; labelled: whether its nearest neighbour is right."""
     rows, places = sights.map
     test = sights.run.test
-    nearest = findings.answers(sights.embeddings, torch.from_numpy(rows), 1, 512)
+    nearest = findings.answers(sights.embeddings, torch.from_numpy(rows), 1, EVAL_MEMORY_MB)
     right = [bool(test.labels[row] == test.labels[a.hits[0]]) for row, a in zip(rows, nearest, strict=True)]
     notes = [
         (f"class {sights.classes[row]}, " if test.labelled else "")
