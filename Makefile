@@ -1,4 +1,4 @@
-# make demo: install into .venv, make the embedded data set, train, test. make test: run the tests.
+# make demo: install into .venv, make the embedded data set, train, test, make a report. make test: run the tests.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -13,6 +13,7 @@ demo: $(VENV)/.installed
 	$(RUN) test.py --dataset glyphs --checkpoint_path new_checkpoint/demo_untrained/last.pth --json new_checkpoint/demo_untrained/test.json
 	$(RUN) test.py --dataset glyphs --checkpoint_path new_checkpoint/demo/last.pth --json new_checkpoint/demo/test.json
 	$(RUN) benchmarks/compare.py new_checkpoint/demo_untrained/test.json new_checkpoint/demo/test.json
+	$(RUN) report.py new_checkpoint/demo
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest

@@ -36,10 +36,10 @@ from utils.arguments import (
     real,
     whole,
 )
-from utils.errors import DivergedError, UserError, run_script
+from utils.errors import DivergedError, UserError, one_line, run_script
 from utils.process import keep_freed_memory, share_cores
 from utils.progress import progress
-from utils.runs import BEST, LAST, RunFolder, nmi_remark, recall_titles
+from utils.runs import BEST, LAST, REPORT, RunFolder, nmi_remark, recall_titles
 
 if TYPE_CHECKING:  # --help does not wait for these
     from collections.abc import Callable, Iterator
@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # --help does not wait for these
     from datasets import Split
     from models import CBSwR
     from utils.distributed import Processes
+    from utils.events import EventFile
 
 REMOVED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -58,6 +59,7 @@ REMOVED = {
 }
 CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_every_steps", "nmi"}  # on --resume:
 CHANGEABLE |= {"deterministic", "device", "data_on", "workers", "log_dir", "data_dir", "eval_memory_mb", "compile"}
+CHANGEABLE |= {"report", "tensorboard"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ between machines of one job
 _CLUSTERS = {"metric_loss": "center", "ml": 0.9, "rim": 0.3, "recon": 0.001, "pseudo_labels": "rim"}
 _INSTANCES = {"metric_loss": "instance", "ml": 1.0, "rim": 0.0, "recon": 0.0, "pseudo_labels": "rim"}
@@ -161,6 +163,12 @@ def make_parser() -> Parser:
                    help="continue a run to the same numbers: its folder or a checkpoint in it; --lr may change, "
                    "--n_epoch, --interval and what is about saving and the machine")  # fmt: skip
     g.add_argument("--overwrite", action="store_true", help="start afresh where a finished or stopped run lies")
+    g.add_argument("--tensorboard", action="store_true",
+                   help="also write the metrics into the run's folder for TensorBoard (pip install "
+                   "tensorboard)")  # fmt: skip
+    g.add_argument(
+        "--report", action="store_true", help=f"end with {REPORT} in the run's folder, as report.py makes it"
+    )
     g = p.add_argument_group("machine")
     g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
     g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32",
@@ -273,6 +281,7 @@ class Job:
     state: State
     stop: StopRequest
     processes: Processes
+    events: EventFile | None = None  # of --tensorboard, in the first process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -292,6 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         stop.agree = processes.largest if processes.count > 1 else None
         try:
             train(job)
+            if args.report and processes.first:
+                draw_report(job)
         except Stopped as stopped:
             save(job)
             log.info("%s %s; all is saved, continue with: python train.py --resume %s", stopped, where(job), run.path)
@@ -421,7 +432,10 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     from models.batch_norm import share_batch_norm
     from models.closed_form import check_directions
     from utils.devices import bf16_is_slow, choose_device, compile_backbone, compute_deterministically
+    from utils.events import EventFile, check_tensorboard
 
+    if args.tensorboard:
+        check_tensorboard()
     if args.deterministic:
         compute_deterministically()
     device = choose_device(args.device, processes)
@@ -464,6 +478,7 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     if processes.first:
         run.begin(config, job.state.rows, stale)  # not before the new run is sure to start
         start_log(args, run.path)
+        job.events = EventFile(run.path, job.state.rows) if args.tensorboard else None
     classes = f"of {len(set(validation.labels.tolist()))} classes" if validation.labelled else "without labels"
     log.info("%s: %d training images, %d test images %s, %d px; %s on %s in %s%s; run folder %s",
              args.dataset, len(training), len(validation), classes, training.image_size, args.backbone, device,
@@ -644,7 +659,28 @@ def end_epoch(job: Job, row: dict) -> None:
     """Count the epoch as done, save, then print: what is printed is on the disk."""
     job.state.end_epoch(row)
     save(job, row.get("best", False))
+    if job.events:
+        job.events.add(row)
     print_epoch(row)
+
+
+def draw_report(job: Job) -> None:
+    """Make the page about the run; what fails is said on one line, the run is whole without it."""
+    args, out = job.args, job.run.path / REPORT
+    try:
+        from reports import Options, write_report
+
+        options = Options(data_dir=args.data_dir, device=args.device, test_batch=args.test_batch, workers=args.workers,
+                          memory_mb=args.eval_memory_mb)  # fmt: skip
+        with job.stop.at_once():
+            missing = write_report([job.run.path], out, options)
+    except Exception as error:
+        log.warning("warning: %s could not be made (%s: %s); the run is whole, try again with: python report.py %s",
+                    out, type(error).__name__, one_line(str(error)), job.run.path)  # fmt: skip
+        return
+    for sentence in missing:
+        log.info(sentence)
+    log.info("report, to be opened in a browser: %s", out)
 
 
 def memory_advice(args: argparse.Namespace, run: Path) -> str:

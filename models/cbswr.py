@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from models.backbones import backbone_spec
 from models.decoder import Decoder
-from models.pooling import PAPER, Pooling
+from models.pooling import PAPER, Pooling, as_float
 from models.weights import load_backbone_weights
 from utils.errors import UserError
 
@@ -83,6 +83,18 @@ class CBSwR(nn.Module):
         if kind == "image":
             return self.normalization.pixels(inputs) / 255
         raise ValueError(f"recon_target is input or image, not {kind!r}")
+
+    def reconstructed_pixels(self, reconstruction: Tensor, kind: str = "input") -> Tensor:
+        """What a decoder trained on `reconstruction_target` of that kind shows: (B, 3, H, W) -> uint8 RGB (B, H, W, 3).
+
+        Pixels darker than the mean cannot be reconstructed of kind "input": the decoder's range begins at 0.
+        """
+        pixels = 255 * as_float(reconstruction)
+        if kind == "input":
+            pixels = pixels + pixels.new_tensor(self.normalization.mean).view(1, 3, 1, 1)
+        if self.normalization.order == "BGR":
+            pixels = pixels.flip(1)
+        return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
     def features(self, x: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
         """For mining, clustering and evaluation: images (B, 3, H, W) -> pooled (B, C), embedding (B, D).

@@ -24,8 +24,8 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 
     Backbone, K and embedding size are read from the file: {"model": state_dict, "epoch": int, ...} with the published
     names; a bare state_dict is taken too. info: `path`, `epoch` (None if unknown), `backbone`, `n_cluster`, `low_dim`,
-    `config` (the options of the run; {} for the authors' files) and `image_size` (the side of the stored images that it
-    was trained on, in pixels; None if unknown).
+    `config` (the options of the run; {} for the authors' files), `data` (the fingerprints of its images and labels; {}
+    if unknown) and `image_size` (the side of the stored images that it was trained on, in pixels; None if unknown).
     Raises UserError naming the file when it is no such checkpoint.
     """
     content = read_torch_file(path, "cpu")
@@ -50,6 +50,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         "n_cluster": n_cluster,
         "low_dim": low_dim,
         "config": config,
+        "data": content["data"] if isinstance(content.get("data"), dict) else {},
         "image_size": _stored_size(content),
     }
     return model.to(device).eval(), info

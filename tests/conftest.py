@@ -61,6 +61,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """Runs and the pages about them."""
+    from reported import Reported
+
+    return Reported(tmp_path_factory.mktemp("reported"))
+
+
+@pytest.fixture(scope="session")
 def forks(tmp_path_factory) -> Iterator[Forks]:
     """Runs of the scripts in processes of their own."""
     forks = Forks(tmp_path_factory.mktemp("forks"))

@@ -8,6 +8,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 
 from utils.errors import UserError
@@ -15,6 +16,8 @@ from utils.files import lock_open_file, sync_folder, written_whole
 from utils.process import is_first
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pth", "best.pth"
+REPORT = "report.html"  # of report.py
+EVENTS = "events.out.tfevents.*.metrics"  # for TensorBoard
 
 
 def run_folder(path: Path) -> Path:
@@ -63,6 +66,17 @@ def _chosen_on(run: Path) -> str:
     return "held-out training classes (not on test" if held_out else "the test half (chosen on test"
 
 
+def scalars(row: dict) -> dict[str, float]:
+    """The finite numbers of a row of metrics.jsonl by name, those of an inner object as `seconds/train`; no epoch."""
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "epoch" and isfinite(value):
+            found[name] = value
+    return found
+
+
 class RunFolder:
     """The one place from which the files of a run are written; one process at a time holds it."""
 
@@ -72,7 +86,8 @@ class RunFolder:
 
     def files_to_overwrite(self, overwrite: bool) -> list[Path]:
         """The files of a run that lies here already. UserError if it has checkpoints, unless `overwrite`."""
-        held = [self.path / name for name in (LAST, BEST, METRICS, CONFIG) if (self.path / name).exists()]
+        held = [self.path / name for name in (LAST, BEST, METRICS, CONFIG, REPORT) if (self.path / name).exists()]
+        held += self.path.glob(EVENTS)
         for path in held:
             if path.is_dir():
                 raise UserError(f"{path}: is a folder, not the file of a run; choose another --model_name")
