@@ -26,16 +26,15 @@ from reports.pictures import GALLERY_SIDE, MAP_SIDE, data_uri
 from reports.runs import Run, names_of, open_data, open_network, read_run
 from utils.devices import choose_device
 from utils.errors import UserError
-from utils.evaluation import EVAL_MEMORY_MB
+from utils.evaluation import EVAL_MEMORY_MB, NMI_CLASSES
 from utils.features import extract_features
 from utils.files import written_whole
 from utils.progress import progress
-from utils.runs import LAST, scalars
+from utils.runs import LAST, recall_titles, scalars
 
 HERE = Path(__file__).parent
 TRAINING_IMAGES = 1024  # whose centroids are decoded: their feature maps are held in memory, 2 bytes a number
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "bokeh")
-SCORES = ("recall@1", "recall@2", "recall@4", "recall@8", "nmi")
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def look(run: Run, options: Options, runs: int = 1) -> Sights | None:
         check_crop_size(run.model.backbone_name, crop_size(test.image_size))
         crops = center_crops(test.images, options.test_batch, options.workers, test.check_unchanged)
         crops = progress(crops, len(test) / options.test_batch, f"{run.name}: test features")
-        _, embeddings = extract_features(run.model, crops)
+        _, embeddings = extract_features(run.model, crops, flip=bool(run.config.get("flip_eval")))
         called, classes = names_of(test)
     except UserError as error:
         run.missing["network"] = f"The images could not be embedded. {error}."
@@ -120,7 +119,7 @@ def look(run: Run, options: Options, runs: int = 1) -> Sights | None:
         [] if labels is None else findings.worst_queries(embeddings, labels, *asked, options.memory_mb),
         None, [], np.empty(0), None,
     )  # fmt: skip
-    k = run.model.n_cluster if labels is None else len(torch.unique(labels))
+    k = run.model.n_cluster if labels is None else min(len(torch.unique(labels)), NMI_CLASSES)
     try:
         sights.clusters = findings.clusters(embeddings, labels, k, options.clusters, options.seed)
     except UserError as error:
@@ -172,7 +171,7 @@ def render(runs: Sequence[Run], shown: Sequence[dict], options: Options) -> str:
         settings=settings_table(runs),
         differing=[row for row in settings_table(runs) if len(set(row[1])) > 1],
         scores=scores_table(runs),
-        score_titles=[title_of(name) for name in SCORES],
+        score_titles=[title_of(name) for name in score_names(runs)],
         groups=[(group, [_chart_context(chart) for chart in found if chart.group == group]) for group in GROUPS],
         legend=[(run.name, *style_of(number)) for number, run in enumerate(runs)],
         versions=_versions(),
@@ -185,17 +184,26 @@ def settings_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [(name, [_text(run.config[name]) if name in run.config else "—" for run in runs]) for name in names]
 
 
+def score_names(runs: Sequence[Run]) -> list[str]:
+    """R@K of all K that any run has, and NMI."""
+    names = {str(name) for run in runs for row in run.rows for name in row}
+    titles = recall_titles({name: 0 for name in names if re.fullmatch(r"recall@\d{1,9}", name)})
+    return [*titles.values(), "nmi"]
+
+
 def scores_table(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
     """Run, epoch in words, scores in percent: the last scored epoch, and the one that was best on the test half."""
-    table = []
+    table, names = [], score_names(runs)
     for run in runs:
         scored = [row for row in run.rows if "recall@1" in scalars(row)]
         if not scored:
             continue
-        best = max(scored, key=lambda row: row["recall@1"])
-        for words, row in (("last", scored[-1]), ("best, chosen on test", best)):
+        held_out = all("val_recall@1" in scalars(row) for row in scored)
+        best = max(scored, key=lambda row: row["val_recall@1" if held_out else "recall@1"])
+        chosen = "best, chosen on held-out training classes" if held_out else "best, chosen on test"
+        for words, row in (("last", scored[-1]), (chosen, best)):
             known = scalars(row)
-            values = [f"{value_of(name, known[name]):.2f}" if name in known else "—" for name in SCORES]
+            values = [f"{value_of(name, known[name]):.2f}" if name in known else "—" for name in names]
             table.append((run.name, f"{row['epoch']} ({words})", values))
     return table
 

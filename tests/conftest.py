@@ -17,6 +17,8 @@ share_cores()  # before anything imports torch
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # so starts a shell what runs in its background, and programs started by tests would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup starts it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
