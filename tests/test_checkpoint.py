@@ -29,7 +29,7 @@ def test_round_trip(tmp_path, backbone):
     loaded, info = load_checkpoint(path)
     assert info == {
         "path": str(path), "epoch": 11, "backbone": backbone, "n_cluster": 5, "low_dim": 6, "config": config,
-        "image_size": None,
+        "data": {}, "image_size": None,
     }  # fmt: skip
     assert not loaded.training and loaded.backbone_name == backbone
     assert loaded.state_dict().keys() == model.state_dict().keys()
