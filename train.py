@@ -95,10 +95,11 @@ def make_parser() -> Parser:
     )
     g.add_argument("--low_dim", type=whole(2, 65536), default=128, help="size of the embedding")
     add_pooling(g, "default: the last")
-    g.add_argument("--head_init", type=name_of(("random", "pca", "whiten")), default="random",
+    g.add_argument("--head_init", type=name_of(("random", "pca", "whiten", "views")), default="random",
                    help="start of the embedding head: random, as in the paper, or in closed form from the pooled "
-                   "features of the training images, without labels: their PCA, or half-whitened (usually the best); "
-                   "with --n_epoch 0 the embedding is ready without any training")  # fmt: skip
+                   "features of the training images, without labels: their PCA, half-whitened, or with what differs "
+                   "between views of an image made small (4 passes more); with --n_epoch 0 the embedding is ready "
+                   "without any training")  # fmt: skip
     g.add_argument("--n_cluster", type=whole(2), default=32, help="K, the number of clusters")
     g = p.add_argument_group("method")
     g.add_argument("--baseline", type=name_of(tuple(BASELINES)),
@@ -348,12 +349,17 @@ def train(job: Job) -> None:
 
 def fit_head(job: Job) -> None:
     """Give the embedding head its closed form, from one feature pass over the training images."""
-    from models.closed_form import closed_form_head, start_head
+    from models.closed_form import VIEWS, closed_form_head, start_head, within_covariance
 
-    args = job.args
+    args, within = job.args, None
     with job.stop.at_once():
         pooled, _ = features(job, job.training, f"head by {args.head_init}")
-        start_head(job.model, *by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init)))
+        if args.head_init == "views":
+            within = within_covariance(
+                features(job, job.training, f"head by view {view} of {VIEWS}", view)[0] for view in range(1, VIEWS + 1)
+            )
+        head = by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init, within))
+        start_head(job.model, *head)
 
 
 def begin_epoch(job: Job) -> EpochUnderWay:
@@ -771,9 +777,12 @@ def scores_of(job: Job, split: Split, title: str) -> dict:
     )  # fmt: skip
 
 
-def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, C) and embeddings (N, D) of a half; of many processes each computes some batches."""
-    from datasets import center_crops
+def features(job: Job, split: Split, title: str, view: int = 0) -> tuple[Tensor, Tensor]:
+    """Pooled features (N, C) and embeddings (N, D) of a half; of many processes each computes some batches.
+
+    Of the centre crops or, with a number from 1, of random views, another one for each number.
+    """
+    from datasets import augmented_crops, center_crops
     from utils.features import extract_features
 
     args, processes = job.args, job.processes
@@ -785,11 +794,13 @@ def features(job: Job, split: Split, title: str) -> tuple[Tensor, Tensor]:
                 job.stop.check()
             yield batch
 
-    crops = center_crops(
-        split.images, args.test_batch, args.workers, split.check_unchanged, processes.share, split.rows
-    )
+    how = args.workers, split.check_unchanged, processes.share, split.rows
+    if view:
+        crops = augmented_crops(split.images, args.test_batch, (args.seed, view), *how)
+    else:
+        crops = center_crops(split.images, args.test_batch, *how)
     return extract_features(job.model, progress(stoppable(crops), rounds, title), args.precision, processes,
-                            args.flip_eval)  # fmt: skip
+                            flip=args.flip_eval and not view)  # fmt: skip
 
 
 def by_first(job: Job, work: Callable[[], Any]) -> Any:

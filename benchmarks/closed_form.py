@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.paired import machine
-from datasets import Split, center_crops, load_split
+from datasets import Split, augmented_crops, center_crops, load_split
 from models import BACKBONES, CBSwR, Pooling, build_model
-from models.closed_form import closed_form_head
+from models.closed_form import VIEWS, closed_form_head, within_covariance
 from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
 from utils.devices import choose_device
 from utils.errors import run_script
@@ -72,17 +72,35 @@ def pooled_features(model: CBSwR, split: Split, kinds: list[Pooling], args: argp
     return [torch.cat(parts, 1) for parts in found]
 
 
+@torch.inference_mode()
+def view_covariances(model: CBSwR, training: Split, kinds: list[Pooling], args: argparse.Namespace) -> list[Tensor]:
+    """How the pooled features of a training image differ between its random views, by each pooling: (C_p, C_p)."""
+    device = next(model.parameters()).device
+    passes: list[list[Tensor]] = [[] for _ in kinds]
+    for view in range(1, VIEWS + 1):
+        crops = augmented_crops(training.images, args.test_batch, (args.seed, view), 2, training.check_unchanged)
+        found: list[list[Tensor]] = [[] for _ in kinds]
+        for batch in progress(crops, len(training) / args.test_batch, f"view {view} of {VIEWS}"):
+            maps = model.maps(model.normalization(batch.to(device)))
+            for parts, kind in zip(found, kinds, strict=True):
+                parts.append(kind(maps[-max(1, len(kind.layers)) :]).float().cpu())
+        for all_passes, parts in zip(passes, found, strict=True):
+            all_passes.append(torch.cat(parts))
+    return [within_covariance(views) for views in passes]
+
+
 def rows(args: argparse.Namespace, model: CBSwR, training: Split, validation: Split) -> list[dict]:
     """A row for every pooling, with and without the mirror image, every head and size."""
     kinds = poolings(args.backbone)
     halves = [pooled_features(model, half, kinds, args) for half in (training, validation)]
+    withins = view_covariances(model, training, kinds, args)
     found, no_nmi = [], why_no_nmi("auto", len(set(validation.labels.tolist())))
-    for (kind, train, test), flip in product(zip(kinds, *halves, strict=True), (False, True)):
+    for (kind, within, train, test), flip in product(zip(kinds, withins, *halves, strict=True), (False, True)):
         train, test = (F.normalize(half.mean(0) if flip else half[0], dim=1) for half in (train, test))
         heads = [("frozen", test.shape[1], None)]
-        for name, dim in product(("pca", "whiten"), map(int, args.dims.split(","))):
+        for name, dim in product(("pca", "whiten", "views"), map(int, args.dims.split(","))):
             if dim <= min(train.shape[1], len(train) - 1):
-                heads.append((name, dim, closed_form_head(train, dim, name)))
+                heads.append((name, dim, closed_form_head(train, dim, name, within)))
         for name, dim, head in heads:
             embeddings = test if head is None else F.normalize(test @ head[0].T + head[1], dim=1)
             scores = score(embeddings, validation.labels, args.seed, ks=recall_ranks(args.dataset),

@@ -10,13 +10,15 @@ import torch
 from scripts import failed, run_in_process
 from synthetic import write_dataset
 
-from datasets import center_crops, load_split
+from datasets import augmented_crops, center_crops, load_split
+from datasets.augment import augmented
 from losses import cbswr_losses
 from models import PAPER, Pooling, build_model, load_checkpoint
-from models.closed_form import closed_form_head, start_head
+from models.closed_form import closed_form_head, start_head, within_covariance
 from models.pooling import pool
 from utils.errors import UserError
 from utils.features import extract_features
+from utils.metrics import recall_at_k
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,6 +127,87 @@ def test_the_closed_form_is_a_singular_value_decomposition(kind, power):
     assert np.allclose(found @ found.T, expected @ expected.T, atol=1e-4)
 
 
+def test_the_covariance_within_images_is_its_formula():
+    views = noise(3, 20, 5) @ noise(5, 5, seed=1) + noise(1, 20, 5, seed=2)  # three views of 20 images
+    expected = sum(np.cov(views[:, image].numpy(), rowvar=False) for image in range(20)) / 20
+    assert np.allclose(within_covariance(iter(views)), expected, atol=1e-12)
+
+
+def test_the_head_by_views_is_its_formula():
+    x, views = noise(60, 6) @ noise(6, 6, seed=1), noise(4, 60, 6, seed=2) * torch.arange(1, 7)
+    within = within_covariance(views)
+    weight, bias = closed_form_head(x, 3, "views", within)
+    variances, directions = np.linalg.eigh(within.numpy())
+    variances = 0.9 * variances + 0.1 * variances.mean()
+    first = directions @ np.diag(variances ** (-0.75 / 2))
+    centred = (x - x.mean(0)).numpy() @ first
+    _, singular, seconds = np.linalg.svd(centred, full_matrices=False)
+    expected = centred @ (seconds[:3] / np.sqrt(singular[:3, None])).T
+    expected /= np.sqrt((expected**2).sum(1).mean())
+    found = (x.float() @ weight.T + bias).double().numpy()
+    assert np.allclose(found @ found.T, expected @ expected.T, atol=1e-4)
+
+
+def test_what_differs_between_views_counts_for_little():
+    """Classes in 16 directions, and a much stronger one in which an image's own views differ."""
+    labels = torch.arange(8).repeat(5)
+    signal = torch.cat([noise(8, 16)[labels], torch.zeros(40, 1)], 1)
+
+    def view(seed: int) -> torch.Tensor:
+        nuisance = torch.cat([torch.zeros(40, 16), 20 * noise(40, 1, seed=seed)], 1)
+        return signal + nuisance + 0.6 * noise(40, 17, seed=seed + 100)
+
+    within = within_covariance(view(seed) for seed in range(1, 5))
+    found = {}
+    for kind in ("whiten", "views"):
+        weight, bias = closed_form_head(view(0), 17, kind, within)
+        embedding = torch.nn.functional.normalize(view(50).float() @ weight.T + bias, dim=1)
+        found[kind] = recall_at_k(embedding, labels, (1,))[1]
+    assert found["views"] > found["whiten"] + 0.1
+
+
+def test_augmented_crops_depend_on_seed_and_place_alone():
+    images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
+    one = torch.cat(list(augmented_crops(images, 7, (1, 2), 0)))
+    assert one.shape == (7, 14, 14, 3) and one.dtype == torch.uint8
+    assert torch.equal(torch.cat(list(augmented_crops(images, 2, (1, 2), 3))), one)
+    shares = [list(augmented_crops(images, 2, (1, 2), 0, share=(part, 2))) for part in range(2)]
+    assert torch.equal(torch.cat([shares[i % 2][i // 2] for i in range(4)]), one)
+    assert not torch.equal(torch.cat(list(augmented_crops(images, 7, (1, 3), 0))), one)
+    held = np.array([0, 3, 5])
+    some = torch.cat(list(augmented_crops(images, 2, (1, 2), 0, rows=held)))
+    assert torch.equal(some[0], one[0])
+    assert torch.equal(some, torch.cat(list(augmented_crops(images[held], 2, (1, 2), 0))))
+
+
+class Drawn:
+    """In the place of a generator: numbers that are known."""
+
+    def __init__(self, *uniform, mirrored: bool) -> None:
+        self.numbers, self.mirrored = list(uniform), mirrored
+
+    def uniform(self, *_: object):
+        return self.numbers.pop(0)
+
+    def random(self) -> float:
+        return 0.25 if self.mirrored else 0.75
+
+
+def test_a_view_is_cut_mirrored_and_coloured():
+    image = np.random.default_rng(0).integers(60, 190, (16, 16, 3), dtype=np.uint8)
+    ones = np.ones(3)
+    whole = augmented(image, 16, Drawn(1.0, 0.0, 0.0, 0.0, ones, mirrored=False))
+    assert np.array_equal(whole, image)
+    part = augmented(image, 8, Drawn(0.25, 0.0, 3.0, 5.0, ones, mirrored=True))
+    assert np.array_equal(part, image[5:13, 3:11][:, ::-1])
+    darker, flatter, greyer = (augmented(image, 16, Drawn(1.0, 0.0, 0.0, 0.0, np.where(np.arange(3) == i, 0.7, 1.0),
+                                                          mirrored=False)) for i in range(3))  # fmt: skip
+    assert np.allclose(darker, 0.7 * image, atol=0.51)
+    assert np.allclose(flatter, image.mean() + 0.7 * (image - image.mean()), atol=0.51)
+    grey = image.mean(2, keepdims=True)
+    assert np.allclose(greyer, grey + 0.7 * (image - grey), atol=0.51)
+
+
 def test_more_dimensions_than_the_features_have_are_refused():
     x = noise(50, 3) @ noise(3, 9, seed=1)  # of rank 3
     assert closed_form_head(x, 3, "whiten")[0].shape == (3, 9)
@@ -207,6 +290,21 @@ def test_a_closed_form_embedder_without_training(tmp_path):
         if flip:
             assert tested["recall@1"] == scores["recall@1"] and tested["nmi"] == pytest.approx(scores["nmi"])
     failed(run_in_process("test.py", *options({**given, "pool": "gem"})), "--pool goes with --backbone")
+
+
+def test_the_head_by_views_through_train(tmp_path):
+    write_dataset(tmp_path / "data", "toy")
+    at = {"data_dir": tmp_path / "data", "checkpoint_dir": tmp_path, "n_epoch": 0, "model_name": "m"}
+    given = {**TINY, **CLOSED, **at, "head_init": "views", "flip_eval": True}
+    assert run_in_process("train.py", *options(given)).code == 0
+    model, _ = load_checkpoint(tmp_path / "m" / "last.pth")
+    images = load_split(tmp_path / "data", "toy", "training").images
+    pooled = extract_features(model, center_crops(images, 100), flip=True)[0]
+    passes = [extract_features(model, augmented_crops(images, 5, (1024, view), 0))[0] for view in range(1, 5)]
+    expected = closed_form_head(pooled, 12, "views", within_covariance(passes))
+    assert torch.allclose(model.feat_ext[0].weight, expected[0], rtol=1e-3, atol=1e-3)
+    again = closed_form_head(pooled, 12, "whiten")[0]
+    assert not torch.allclose(model.feat_ext[0].weight, again, rtol=0.1, atol=0.1)
 
 
 def test_training_goes_on_from_the_closed_form(tmp_path):
