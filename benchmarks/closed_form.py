@@ -1,4 +1,4 @@
-"""Score embeddings that need no training and no labels: frozen features, their PCA and half-whitening, on a data set.
+"""Score embeddings that need no training and no labels: frozen features and heads in closed form, on a data set.
 
 One pass over each half gives the features for every row of the table; heads are fitted on the training half alone.
 Writes misc/results/closed_form_<dataset>_<size>px_<backbone>.json, and a table of the same name ending in .md.
@@ -33,7 +33,7 @@ from utils.runs import recall_titles
 
 def make_parser() -> Parser:
     """The options."""
-    p = Parser(description="Score frozen features, their PCA and half-whitening, without training and labels.")
+    p = Parser(description="Score frozen features and heads in closed form, without training and labels.")
     p.add_argument("--dataset", type=folder_name, default="cub200")
     p.add_argument("--data_dir", default="data", help="the folder that holds <dataset>/")
     p.add_argument("--image_size", type=whole(8), help="which pre-processed size to take, if there are several")
