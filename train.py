@@ -229,6 +229,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             parser.error(f"{args.config}: resume belongs on the command line")
     if args.baseline and not args.resume:  # a run to resume has it in its settings
         take_preset(args, from_file)
+    if args.compile and "," in (args.layers or ""):
+        parser.error("--compile makes the whole backbone one piece, and --layers takes maps from inside; leave one out")
     if args.kmeans_engine != "auto" and args.pseudo_labels != "kmeans":
         parser.error(f"--kmeans_engine {args.kmeans_engine} goes with --pseudo_labels kmeans; leave it out")
     if args.model_name is None:

@@ -340,6 +340,7 @@ def test_a_head_that_the_data_cannot_give_is_refused_in_one_line(tmp_path):
     failed(
         run_in_process("train.py", *options({**TINY, **at, **CLOSED, "layers": "layer4,layer3"})), "no stage 'layer4'"
     )
+    failed(run_in_process("train.py", *options({**TINY, **at, **CLOSED, "compile": True})), "--compile", "--layers")
     assert not (tmp_path / "CBSwR_toy").exists()
 
 
