@@ -177,8 +177,8 @@ SHOWN_ELSEWHERE = {
     "n_epoch", "interval", "test_batch", "log_dir", "checkpoint_dir", "model_name", "config", "resume", "overwrite",
     "checkpoint_every_steps", "deterministic", "workers", "dataset",
     "data_dir", "image_size", "backbone", "weights", "device", "data_on", "kmeans_engine",
-    "eval_memory_mb", "compile", "nmi", "help", "flip_eval", "baseline",
-    "val_classes",
+    "eval_memory_mb", "compile", "nmi", "help", "flip_eval", "baseline", "report",
+    "val_classes", "tensorboard",
 }  # fmt: skip
 
 
