@@ -116,7 +116,7 @@ def test_a_released_file_loads_and_says_what_it_is(tmp_path, prefix):
     model, info = load_checkpoint(path)
     assert info == {
         "path": str(path), "epoch": 7, "backbone": "googlenet", "n_cluster": 20, "low_dim": 128, "config": {},
-        "image_size": None,
+        "data": {}, "image_size": None,
     }  # fmt: skip
     assert not model.training
     with torch.no_grad():
