@@ -355,6 +355,8 @@ def fit_head(job: Job) -> None:
 
     args, within = job.args, None
     with job.stop.at_once():
+        passes = 1 + VIEWS * (args.head_init == "views")
+        log.info("head by %s: %d feature pass(es) over %d images", args.head_init, passes, len(job.training))
         pooled, _ = features(job, job.training, f"head by {args.head_init}")
         if args.head_init == "views":
             within = within_covariance(

@@ -180,6 +180,9 @@ def _only_size(folder: Path, dataset: str, split: str) -> int:
     names = os.listdir(folder) if folder.is_dir() else []
     sizes = sorted(int(m.group(1)) for name in names if (m := pattern.fullmatch(name)))
     if not sizes:
+        above = folder.parent
+        if any(pattern.fullmatch(path.name) for path in above.glob("*.npy")):
+            raise UserError(f"{folder}: holds no arrays of {dataset}, but {above} does; move them to {folder}")
         raise UserError(f"{folder / f'{split}_{dataset}_256resized_img.npy'}: no such file; {_how_to_make(dataset)}")
     if len(sizes) > 1 and 256 not in sizes:
         raise UserError(f"{folder}: {dataset} is there in sizes {sizes}; choose one with --image_size")

@@ -178,8 +178,9 @@ def load_backbone_weights(backbone: nn.Module, name: str, weights: str | os.Path
         weights = GOOGLENET_FILE
         if not weights.is_file():
             raise UserError(
-                f"{weights}: no such file; the paper's backbone starts from these ImageNet weights: take them from "
-                f"{GOOGLENET_SOURCE} and put them there, or give --weights FILE, choose another --backbone "
+                f"{weights}: no such file; the paper's backbone starts from these ImageNet weights: run python "
+                f"pre_process/download.py googlenet, or take them from {GOOGLENET_SOURCE} and put them there, or "
+                f"give --weights FILE, choose another --backbone "
                 f"(resnet18, googlenet_bn, ... fetch their own), or --weights none for a random start"
             )
     if weights == "auto" and spec.torchvision_weights is None:

@@ -402,7 +402,8 @@ def summary(images: Path, split: Split, image_size: int, seconds: float) -> str:
     n = len(split.labels)
     shape = (n, image_size, image_size, 3)
     roles = f" ({split.roles.count(QUERY)} queries, {split.roles.count(GALLERY)} gallery)" if split.roles else ""
-    return f"{images}: {shape}{roles}, {len(set(split.labels))} classes, {seconds:.1f} s, {n / seconds:.0f} images/s"
+    classes = "no labels" if set(split.labels) == {-1} else f"{len(set(split.labels))} classes"
+    return f"{images}: {shape}{roles}, {classes}, {seconds:.1f} s, {n / seconds:.0f} images/s"
 
 
 def write_labels(file: Path, beside: Path, labels: Sequence[int]) -> None:

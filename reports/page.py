@@ -171,6 +171,7 @@ def render(runs: Sequence[Run], shown: Sequence[dict], options: Options) -> str:
         settings=settings_table(runs),
         differing=[row for row in settings_table(runs) if len(set(row[1])) > 1],
         scores=scores_table(runs),
+        chosen_on_test=any("chosen on test" in epoch for _, epoch, _ in scores_table(runs)),
         score_titles=[title_of(name) for name in score_names(runs)],
         groups=[(group, [_chart_context(chart) for chart in found if chart.group == group]) for group in GROUPS],
         legend=[(run.name, *style_of(number)) for number, run in enumerate(runs)],

@@ -339,7 +339,7 @@ def test_contact_sheet(execute, embedded, photos, tmp_path):
     given = ["--embeddings", embedded, "--query", photos / "cat", "--k", 11, "--sheet", tmp_path / "s.png"]
     assert execute(search, *given).code == 0
     sheet = np.array(Image.open(tmp_path / "s.png"))
-    assert sheet.shape == (3 * 154 + 8, 12 * 136 + 24, 3)
+    assert sheet.shape == (3 * 170 + 8, 12 * 136 + 24, 3)
     with Image.open(find_images(photos / "cat")[0]) as image:
         image.thumbnail((128, 128), Image.Resampling.LANCZOS)
         tile = np.array(image)

@@ -37,6 +37,18 @@ def test_sections_scores_and_images_are_in_one_file(reported):
     assert len(page) < 3 * 2**20
 
 
+def test_the_page_says_what_the_best_epoch_was_chosen_on(reported, tmp_path):
+    assert "best, chosen on test" in reported.text("run") and "the very images" in reported.text("run")
+    shutil.copytree(reported.folder / "run", tmp_path / "held")
+    rows = [json.loads(line) for line in (tmp_path / "held" / "metrics.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"recall@1": 0.5 + number, "recall@20": 0.75, "val_recall@1": 0.5 - number, "val_nmi": 0.5}
+    (tmp_path / "held" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page, _ = report(tmp_path / "held", out=tmp_path / "page.html")
+    assert "1 (best, chosen on held-out training classes)" in page and "the very images" not in page
+    assert ">R@20</th>" in page and "75.00</td>" in page
+
+
 def test_several_runs_are_compared(reported):
     page = reported.text("two")
     differing = page[page.index("Settings that differ") : page.index('id="curves"')]

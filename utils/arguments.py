@@ -77,6 +77,7 @@ def name_of(choices: tuple[str, ...]) -> Callable[[str], str]:
             raise argparse.ArgumentTypeError(f"unknown name {text!r}{hint} (choose from {', '.join(choices)})")
         return text
 
+    parse.choices = choices
     return parse
 
 
@@ -135,11 +136,14 @@ def add_flip(group: argparse._ArgumentGroup) -> None:
                        "better, and twice the work; say so beside the scores")  # fmt: skip
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds "(default: ...)" where there is one to tell."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the names to choose from, where the text does not tell them, and "(default: ...)" where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.nargs == 0 else super()._get_help_string(action)
+        names = getattr(action.type, "choices", ())
+        told = "" if all(name in action.help for name in names) else f"; one of {', '.join(names)}"
+        default = "" if action.default in (None, argparse.SUPPRESS) or action.nargs == 0 else " (default: %(default)s)"
+        return f"{action.help}{told}{default}"
 
 
 class Parser(argparse.ArgumentParser):

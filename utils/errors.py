@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LONGEST = 1500  # characters of an error
+REQUIRED = {"torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "tqdm", "h5py", "matplotlib", "bokeh", "jinja2"}
 
 
 class UserError(Exception):
@@ -43,6 +44,11 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except UserError as error:
         message, status = str(error), error.status
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED:
+            raise
+        message = (f"the package {error.name} is missing in {sys.executable}; run .venv/bin/python after make demo, or "
+                   f"pip install -r requirements.txt")  # fmt: skip
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
