@@ -46,7 +46,7 @@ def test_the_page_says_what_the_best_epoch_was_chosen_on(reported, tmp_path):
     (tmp_path / "held" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page, _ = report(tmp_path / "held", out=tmp_path / "page.html")
     assert "1 (best, chosen on held-out training classes)" in page and "the very images" not in page
-    assert ">R@20</th>" in page and "75.00</td>" in page
+    assert ">R@20, %</th>" in page and "75.00</td>" in page
 
 
 def test_several_runs_are_compared(reported):
