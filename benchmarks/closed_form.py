@@ -26,7 +26,7 @@ from utils.arguments import BACKBONE_NAMES, Parser, folder_name, name_of, whole
 from utils.devices import choose_device
 from utils.errors import run_script
 from utils.evaluation import recall_ranks, score, why_no_nmi
-from utils.files import write_json, written_whole
+from utils.files import check_writable, write_json, written_whole
 from utils.progress import progress
 from utils.runs import recall_titles
 
@@ -125,6 +125,7 @@ def table(found: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Load, embed, score, write."""
     args = make_parser().parse(sys.argv[1:] if argv is None else argv)
+    check_writable(Path(args.out_dir), "choose another --out_dir")
     training, validation = (load_split(args.data_dir, args.dataset, half, args.image_size)
                             for half in ("training", "validation"))  # fmt: skip
     torch.manual_seed(args.seed)
@@ -139,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         "torch": torch.__version__, "machine": machine(), "rows": found,
     }  # fmt: skip
     stem = Path(args.out_dir) / f"closed_form_{args.dataset}_{training.image_size}px_{args.backbone}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
     write_json(f"{stem}.json", facts)
     with written_whole(f"{stem}.md") as beside:
         beside.write_text(table(found), encoding="utf-8")

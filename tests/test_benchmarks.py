@@ -47,8 +47,8 @@ def test_the_closed_form_table_has_the_scores_of_train_and_test(tmp_path: Path) 
     weights = ["--weights", str(tmp_path / "w.pth")]
     torch.manual_seed(3)
     torch.save(build_model("resnet_small").base_model.state_dict(), tmp_path / "w.pth")
-    assert closed_form.main([*network, *weights, "--dims", "12", "--out_dir", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "closed_form_toy_32px_resnet_small.json").read_text())["rows"]
+    assert closed_form.main([*network, *weights, "--dims", "12", "--out_dir", str(tmp_path / "deep" / "er")]) == 0
+    found = json.loads((tmp_path / "deep" / "er" / "closed_form_toy_32px_resnet_small.json").read_text())["rows"]
     assert len(found) == 4 * 2 * 4  # poolings, mirror image, heads
 
     def row(**wanted: object) -> dict:
@@ -66,5 +66,5 @@ def test_the_closed_form_table_has_the_scores_of_train_and_test(tmp_path: Path) 
     frozen = json.loads((tmp_path / "frozen.json").read_text())
     ours = row(pooling="avg", flip_eval=False, head="frozen")
     assert [ours[name] for name in names] == pytest.approx([frozen[name] for name in names])
-    lines = (tmp_path / "closed_form_toy_32px_resnet_small.md").read_text().splitlines()
+    lines = (tmp_path / "deep" / "er" / "closed_form_toy_32px_resnet_small.md").read_text().splitlines()
     assert len(lines) == 2 + 32 and lines[2].startswith("| avg |  | frozen | 128 |")
