@@ -13,7 +13,7 @@ from pathlib import Path
 
 from utils.arguments import LARGEST_MEMORY, LARGEST_SEED, Parser, name_of, path_name, whole
 from utils.errors import UserError, run_script
-from utils.files import check_writable
+from utils.files import check_target, check_writable
 from utils.process import share_cores
 from utils.runs import BEST, LAST, REPORT
 
@@ -58,13 +58,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--figures draws those of one run; give one RUN_FOLDER")
     args.out = Path(args.out or Path(args.runs[0]) / REPORT)
     try:
-        if args.out.suffix != ".html":
-            raise UserError(f"--out {args.out}: the name must end in .html")
-        if args.out.is_dir():
-            raise UserError(f"{args.out}: is a folder; give the name of a file")
-        if Path(args.runs[0]).is_dir() and not args.out.absolute().parent.is_dir():
-            raise UserError(f"{args.out}: its folder does not exist; make it first")
-        check_writable(args.out.parent, "choose another --out")
+        if Path(args.runs[0]).is_dir():  # else the run is what is wrong
+            check_target(str(args.out), ".html")
         if args.figures:
             check_writable(Path(args.figures), "choose another folder for --figures")
     except UserError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from scripts import run_in_process
-from synthetic import shapes, write_dataset, write_split
+from synthetic import write_dataset, write_dataset_by_chance
 from training import execute, options
 
 HOSTILE = '<img src=x onerror="document.title=1">'
@@ -28,9 +28,7 @@ class Reported:
     def __init__(self, folder: Path) -> None:
         """Train for seconds; a second, untrained run, and copies that lack labels or have bad names."""
         self.folder = folder
-        self.data = write_dataset(folder / "data", count=24)
-        images, labels = shapes(24, range(5, 9), 32, seed=1)  # labels by chance: hits and misses
-        write_split(folder / "data", "tiny", "validation", images, np.random.default_rng(2).permutation(labels))
+        self.data = write_dataset_by_chance(folder / "data")
         self.pages: dict[str, Path] = {}
         for name, more, changed in (("run", ["--report"], {"n_epoch": 2}), ("other", [], {"n_epoch": 0, "lr": 0.1})):
             assert execute(*options(self.data, folder, model_name=name, **changed), *more).code == 0

@@ -48,3 +48,11 @@ def write_dataset(folder: Path, dataset: str = "tiny", count: int = 24, size: in
     write_split(folder, dataset, "training", *shapes(count, range(1, 5), size, seed))
     write_split(folder, dataset, "validation", *shapes(count, range(5, 9), size, seed + 1))
     return folder
+
+
+def write_dataset_by_chance(folder: Path) -> Path:
+    """`write_dataset` whose test labels are shuffled, so that scores lie in the middle, where a fault would show."""
+    write_dataset(folder)
+    images, labels = shapes(24, range(5, 9), 32, seed=1)
+    write_split(folder, "tiny", "validation", images, np.random.default_rng(2).permutation(labels))
+    return folder

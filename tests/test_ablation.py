@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from scripts import run_in_process
-from synthetic import shapes, write_dataset, write_split
+from synthetic import write_dataset_by_chance
 
 from benchmarks import ablation
 from utils.errors import UserError
@@ -22,10 +22,7 @@ TINY = ("--weights=none", "--device=cpu", "--batch_size=8", "--n_cluster=4", "--
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """The test half has labels by chance: scores in the middle, other ones for other seeds."""
-    folder = write_dataset(tmp_path_factory.mktemp("data"))
-    images, labels = shapes(24, range(5, 9), 32, seed=1)
-    write_split(folder, "tiny", "validation", images, np.random.default_rng(2).permutation(labels))
-    return folder
+    return write_dataset_by_chance(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import processes as job
 import pytest
 import torch
 from scripts import failed
-from synthetic import shapes, write_dataset, write_split
+from synthetic import write_dataset_by_chance
 from training import options, outcome, same_weights, trained
 
 import train as script
@@ -31,10 +30,7 @@ SETTINGS = {"n_epoch": 2, "batch_size": 6, "positives": "nn", "pseudo_labels": "
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """The test half has labels by chance: scores in the middle, where a fault would show."""
-    folder = write_dataset(tmp_path_factory.mktemp("data"))
-    images, labels = shapes(24, range(5, 9), 32, seed=1)
-    write_split(folder, "tiny", "validation", images, np.random.default_rng(2).permutation(labels))
-    return folder
+    return write_dataset_by_chance(tmp_path_factory.mktemp("data"))
 
 
 # ---------------------------------------------------------------- losses, gradients, weights, features

@@ -15,14 +15,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from utils.errors import UserError, one_line
-from utils.files import sync_folder, written_whole
+from utils.files import lock_folder, sync_folder, written_whole
 
 LARGEST = 2**36  # bytes; ten times the largest data set of this field: a server that sends more never ends
 LONGEST_WAIT = 60.0  # seconds between two attempts
@@ -371,15 +370,7 @@ class Alone:
         self.handle: int | None = None
 
     def __enter__(self) -> None:
-        with suppress(ImportError):
-            import fcntl
-
-            self.handle = os.open(self.folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(self.handle)
-                raise UserError(f"{self.folder}: another download into it is under way; wait for it") from None
+        self.handle = lock_folder(self.folder, "another download into it is under way; wait for it")
 
     def __exit__(self, kind: Any, *_: object) -> None:
         if self.handle is not None:

@@ -88,6 +88,20 @@ def check_writable(folder: Path, advice: str) -> None:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); {advice}") from None
 
 
+def lock_folder(folder: Path, held: str) -> int | None:
+    """Take the lock of a folder until the handle that this returns is closed; None on Windows, which opens no folders.
+
+    Raises UserError, the folder and `held`, if another process has it.
+    """
+    if os.name == "nt":
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    if not lock_open_file(handle):
+        os.close(handle)
+        raise UserError(f"{folder}: {held}")
+    return handle
+
+
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
     """Make `folder` and those above it for a block; if the block fails, remove the empty ones among those made.

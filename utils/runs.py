@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import lock_open_file, sync_folder, written_whole
+from utils.files import lock_folder, sync_folder, written_whole
 from utils.process import is_first
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pth", "best.pth"
@@ -103,11 +103,8 @@ class RunFolder:
 
     def lock(self) -> None:
         """Keep other processes from the folder until `close`; UserError if one holds it."""
-        self._lock = os.open(self.path, os.O_RDONLY)
-        if not lock_open_file(self._lock):
-            self.close()
-            raise UserError(f"{self.path}: another process is training in this folder; wait for it or stop it, or "
-                            f"choose another --model_name")  # fmt: skip
+        self._lock = lock_folder(self.path, "another process is training in this folder; wait for it or stop it, or "
+                                 "choose another --model_name")  # fmt: skip
 
     def close(self) -> None:
         """Give the folder free."""
