@@ -165,7 +165,8 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
         facts = {
             "backbone": what["backbone"], "features": what["features"], "network_sha256": network_hash(model),
             "image_size": source.image_size, "precision": args.precision, "source": source.fingerprint(),
-            "images": len(source), "layers": args.layers, "pool": args.pool, "flip_eval": args.flip_eval,
+            "images": len(source), "layers": args.layers, "pool": args.pool,
+            "stripes": args.stripes, "flip_eval": args.flip_eval,
         }  # fmt: skip
         writer = EmbeddingWriter(Path(args.out), facts, dimension, args.half, args.overwrite)
     if writer.done:
@@ -196,10 +197,10 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
 
 
 def pooling_of(args: argparse.Namespace) -> Pooling:
-    """What --layers and --pool say."""
+    """What --layers, --pool and --stripes say."""
     from models import Pooling
 
-    return Pooling.parse(args.layers, args.pool, unit=False)
+    return Pooling.parse(args.layers, args.pool, False, args.stripes)
 
 
 def open_source(args: argparse.Namespace, what: dict) -> FileSource | ArraySource:

@@ -117,7 +117,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
     torch.manual_seed(args.seed)
     model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights,
-                               Pooling.parse(args.layers, args.pool, unit=False))  # fmt: skip
+                               Pooling.parse(args.layers, args.pool, False, args.stripes))  # fmt: skip
     check_crop_size(model.backbone_name, crop_size(split.image_size))
     batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
     batches = progress(batches, len(split) / (args.test_batch * processes.count), "test features")

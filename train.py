@@ -26,6 +26,8 @@ from utils.arguments import (
     LARGEST_MEMORY,
     LARGEST_SEED,
     METRIC_LOSS_NAMES,
+    OTHER_LOSS_NAMES,
+    SUPERVISED_LOSS_NAMES,
     Parser,
     add_flip,
     add_pooling,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:  # --help does not wait for these
 
     from datasets import Split
     from models import CBSwR
+    from models.teacher import Teacher
     from utils.distributed import Processes
     from utils.events import EventFile
 
@@ -69,6 +72,18 @@ BASELINES = {  # the rows of the paper's ablation table
     "cbswr": _CLUSTERS,
     "kmeans": _CLUSTERS | {"pseudo_labels": "kmeans"},
 }
+_ALONE = {"ml": 1.0, "rim": 0.0, "recon": 0.0}
+BASELINES |= {  # methods of others
+    "stml": _ALONE | {"metric_loss": "contextual", "positives": "self", "group": 4, "optimizer": "adamw", "lr": 1e-4},
+    "deepcluster": _ALONE | {"metric_loss": "classify", "positives": "self", "pseudo_labels": "kmeans"},
+}
+RECIPES = {
+    "paper": {},
+    "best": BASELINES["stml"] | {  # chosen on held-out training classes of Cars196 and of a subset of CUB-200-2011
+        "layers": "last2", "pool": "gem", "stripes": "3,1", "head_init": "whiten", "whiten_power": 0.7,
+        "refit_head": True, "train_stages": 1, "batch_size": 48, "n_epoch": 1, "flip_eval": True,
+    },
+}  # fmt: skip
 LOSSES = ("loss", "metric", "rim", "reconstruction")
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
 log = logging.getLogger("train")
@@ -95,22 +110,42 @@ def make_parser() -> Parser:
     )
     g.add_argument("--low_dim", type=whole(2, 65536), default=128, help="size of the embedding")
     add_pooling(g, "default: the last")
-    g.add_argument("--head_init", type=name_of(("random", "pca", "whiten", "views")), default="random",
+    g.add_argument("--head_init", type=name_of(("random", "pca", "whiten")), default="random",
                    help="start of the embedding head: random, as in the paper, or in closed form from the pooled "
-                   "features of the training images, without labels: their PCA, half-whitened, or with what differs "
-                   "between views of an image made small (4 passes more); with --n_epoch 0 the embedding is ready "
-                   "without any training")  # fmt: skip
+                   "features of the training images, without labels: their PCA, or that half-whitened; with --n_epoch "
+                   "0 the embedding is ready without any training")  # fmt: skip
+    g.add_argument("--whiten_power", type=real(0), default=0.5, help="of the singular values that --head_init whiten "
+                   "divides by: 0 is PCA, 1 whitening")  # fmt: skip
     g.add_argument("--n_cluster", type=whole(2), default=32, help="K, the number of clusters")
     g = p.add_argument_group("method")
+    g.add_argument("--recipe", type=name_of(tuple(RECIPES)), default="paper",
+                   help="paper: the method as published, what the other defaults say; "
+                   f"{described('best', RECIPES)}. What else is given stands above it")  # fmt: skip
     g.add_argument("--baseline", type=name_of(tuple(BASELINES)),
-                   help=f"a row of the paper's ablation table: {'; '.join(map(described, BASELINES))}. What else is "
-                   "given stands above it")  # fmt: skip
-    g.add_argument("--metric_loss", type=name_of(METRIC_LOSS_NAMES), default="center",
+                   help="a row of the paper's ablation table, or a method of others: "
+                   f"{'; '.join(described(name, BASELINES) for name in BASELINES)}. What else is given stands "
+                   "above it")  # fmt: skip
+    g.add_argument("--metric_loss", default="center",
+                   type=name_of(METRIC_LOSS_NAMES + OTHER_LOSS_NAMES + SUPERVISED_LOSS_NAMES),
                    help="center: softmax over the centres of the batch's clusters, as in the paper; instance: over the "
-                   "images of the batch (Ye et al. 2019)")  # fmt: skip
+                   "images of the batch (Ye et al. 2019); contextual: by the neighbourhoods that a teacher sees in the "
+                   "batch (Kim et al. 2022); classify: the cluster head by k-means labels (Caron et al. 2018); "
+                   "proxy_anchor, multi_similarity: by the REAL labels, as a ceiling")  # fmt: skip
     g.add_argument("--positives", type=name_of(("auto", "self", "nn")), default="auto",
                    help="second view: of the image itself, or half the time of its nearest neighbour, mined each epoch "
                    "(auto: nn on cub200, self elsewhere)")  # fmt: skip
+    g.add_argument("--group", type=whole(1), default=1, metavar="G",
+                   help="fill batches with images drawn at random and the G - 1 nearest neighbours of each, mined each "
+                   "epoch (with real labels: images of its class)")  # fmt: skip
+    g.add_argument("--teacher_momentum", type=real(0, most=1), default=0.999,
+                   help="of the moving average of the weights that is the teacher of --metric_loss "
+                   "contextual")  # fmt: skip
+    g.add_argument("--teacher_dim", type=whole(0, 65536), default=0, metavar="D",
+                   help="size of an embedding of its own that the teacher has, in the closed form of --head_init, or "
+                   "smaller where the features have fewer directions; 0: the head that the network has")  # fmt: skip
+    g.add_argument(
+        "--refit_head", action="store_true", help="after every epoch give the head the closed form of --head_init again"
+    )
     g.add_argument("--pseudo_labels", type=name_of(("rim", "kmeans")), default="rim",
                    help="rim: argmax of the cluster head, as in the paper; kmeans: k-means over all training features "
                    "at the start of each epoch")  # fmt: skip
@@ -131,7 +166,11 @@ def make_parser() -> Parser:
     g.add_argument("--recon_target", type=name_of(("input", "image")), default="input",
                    help="input: the mean-subtracted image / 255, as released; image: the image in [0, 1]")  # fmt: skip
     g = p.add_argument_group("optimisation")
-    g.add_argument("--lr", type=real(0, above=True), default=0.001, help="learning rate of plain SGD, constant")
+    g.add_argument("--optimizer", type=name_of(("sgd", "adamw")), default="sgd", help="plain SGD, or AdamW")
+    g.add_argument("--lr", type=real(0, above=True), default=0.001, help="learning rate, constant")
+    g.add_argument("--train_stages", type=whole(0), default=0, metavar="N",
+                   help="train the last N stages of the backbone only, and keep the statistics of its batch norms; 0: "
+                   "train all")  # fmt: skip
     g.add_argument("--batch_size", type=whole(1), default=64,
                    help="m, images a batch (of all processes of torchrun together); the network sees 2m "
                    "views")  # fmt: skip
@@ -186,15 +225,16 @@ def make_parser() -> Parser:
     return p
 
 
-def described(baseline: str) -> str:
+def described(name: str, presets: dict[str, dict]) -> str:
     """A preset in words: its name and the options that it sets."""
-    return f"{baseline}: {' '.join(f'--{name} {value}' for name, value in BASELINES[baseline].items())}"
+    options = (f"--{option}" if value is True else f"--{option} {value}" for option, value in presets[name].items())
+    return f"{name}: {' '.join(options)}"
 
 
-def take_preset(args: argparse.Namespace, from_file: set[str]) -> None:
-    """Set what --baseline stands for, but for the options given and, unless it is given itself, those `from_file`."""
-    kept = args.given if "baseline" in args.given else args.given | from_file
-    for name, value in BASELINES[args.baseline].items():
+def take_preset(args: argparse.Namespace, option: str, preset: dict, from_file: set[str]) -> None:
+    """Set what `option` stands for, but for the options given and, unless it is given itself, those `from_file`."""
+    kept = args.given if option in args.given else args.given | from_file
+    for name, value in preset.items():
         if name not in kept:
             setattr(args, name, value)
 
@@ -227,10 +267,28 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args, from_file = parser.parse(argv, base, args.config), {name for name in base if base[name] is not None}
         if args.resume:
             parser.error(f"{args.config}: resume belongs on the command line")
-    if args.baseline and not args.resume:  # a run to resume has it in its settings
-        take_preset(args, from_file)
+    if args.baseline and args.recipe != "paper":
+        parser.error(f"--recipe {args.recipe} and --baseline {args.baseline} are two methods; leave one out")
+    if not args.resume:  # a run to resume has them in its settings
+        take_preset(args, "recipe", RECIPES[args.recipe], from_file)
+        if args.baseline:
+            take_preset(args, "baseline", BASELINES[args.baseline], from_file)
     if args.compile and "," in (args.layers or ""):
         parser.error("--compile makes the whole backbone one piece, and --layers takes maps from inside; leave one out")
+    if args.compile and args.train_stages:
+        parser.error("--compile makes the whole backbone one piece, and --train_stages divides it; leave one out")
+    if args.batch_size % args.group:
+        parser.error(f"--batch_size {args.batch_size}: is no multiple of --group {args.group}")
+    if args.group > 1 and args.positives == "nn":
+        parser.error("--positives nn: --group brings neighbours into the batch already; leave one out")
+    if args.teacher_dim and args.head_init == "random":
+        parser.error("--teacher_dim: --head_init random has no closed form to give; use pca or whiten")
+    if args.refit_head and args.head_init == "random":
+        parser.error("--refit_head: --head_init random has no closed form to give; use pca or whiten")
+    if args.metric_loss == "classify" and args.pseudo_labels != "kmeans":
+        parser.error("--metric_loss classify: needs --pseudo_labels kmeans")
+    if args.metric_loss not in METRIC_LOSS_NAMES and (args.rim or args.recon):
+        parser.error(f"--metric_loss {args.metric_loss}: is the only loss then; give --rim 0 --recon 0 as well")
     if args.kmeans_engine != "auto" and args.pseudo_labels != "kmeans":
         parser.error(f"--kmeans_engine {args.kmeans_engine} goes with --pseudo_labels kmeans; leave it out")
     if args.model_name is None:
@@ -242,7 +300,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 class EpochUnderWay:
     """What an epoch has drawn from the network at its start, and how far it is."""
 
-    positives: Tensor | None  # (N,) int64
+    positives: Tensor | None  # (N,) int64, or (N, g - 1) of --group
     clustering: dict  # what to log of the pseudo-labels
     losses: Tensor  # sums of LOSSES over the steps done, (4,) float64
     step: int = 0  # steps done
@@ -278,13 +336,20 @@ class Job:
     data: dict  # their fingerprints
     resident: Tensor | None  # the training images, where they lie on the GPU
     model: CBSwR
-    step: torch.nn.Module  # the losses of a batch
+    losses: torch.nn.Module  # of a batch
+    step: torch.nn.Module  # the same, with gradients averaged over the processes
     optimizer: torch.optim.Optimizer
     run: RunFolder
     state: State
     stop: StopRequest
     processes: Processes
+    classes: Tensor | None  # (N,) int64, the real labels from 0, where the loss goes by them
     events: EventFile | None = None  # of --tensorboard, in the first process
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The network that the loss follows, if it follows one."""
+        return getattr(self.losses, "teacher", None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -334,6 +399,8 @@ def train(job: Job) -> None:
         if state.current is None:
             state.current = begin_epoch(job)
         train_steps(job)
+        if args.refit_head:
+            fit_head(job)
         row = {"epoch": state.epoch + 1, "lr": args.lr, **mean_losses(state.current), **state.current.clustering}
         started = time.perf_counter()
         if row["epoch"] % args.interval == 0 or row["epoch"] == args.n_epoch:
@@ -351,19 +418,19 @@ def train(job: Job) -> None:
 
 def fit_head(job: Job) -> None:
     """Give the embedding head its closed form, from one feature pass over the training images."""
-    from models.closed_form import VIEWS, closed_form_head, start_head, within_covariance
+    from models.closed_form import closed_form_head, start_head
 
-    args, within = job.args, None
+    args = job.args
     with job.stop.at_once():
-        passes = 1 + VIEWS * (args.head_init == "views")
-        log.info("head by %s: %d feature pass(es) over %d images", args.head_init, passes, len(job.training))
+        log.info("head by %s: a feature pass over %d images", args.head_init, len(job.training))
         pooled, _ = features(job, job.training, f"head by {args.head_init}")
-        if args.head_init == "views":
-            within = within_covariance(
-                features(job, job.training, f"head by view {view} of {VIEWS}", view)[0] for view in range(1, VIEWS + 1)
-            )
-        head = by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init, within))
+        head = by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init, args.whiten_power))
         start_head(job.model, *head)
+        if job.teacher:
+            job.teacher.become(job.model)
+            if args.teacher_dim:
+                start_head(job.teacher.network, *by_first(job, lambda: closed_form_head(
+                    pooled, args.teacher_dim, args.head_init, args.whiten_power, fill=True)))  # fmt: skip
 
 
 def begin_epoch(job: Job) -> EpochUnderWay:
@@ -375,6 +442,8 @@ def begin_epoch(job: Job) -> EpochUnderWay:
         positives, pseudo_labels, clustering = pseudo_label_images(job)
     if pseudo_labels is not None:
         job.state.pseudo_labels = pseudo_labels
+    if job.args.metric_loss == "classify":
+        job.losses.begin_epoch()
     epoch = EpochUnderWay(positives, clustering, torch.zeros(len(LOSSES), dtype=torch.float64))
     epoch.seconds["features"] = time.perf_counter() - started
     return epoch
@@ -386,9 +455,10 @@ def train_steps(job: Job) -> None:
     from utils.finite import LossWatch, check_weights
 
     args, state, epoch = job.args, job.state, job.state.current
-    positives = None if epoch.positives is None else epoch.positives.numpy()
+    found = None if epoch.positives is None else epoch.positives.numpy()
+    positives, neighbors = (found, None) if args.group == 1 else (None, found)
     plan = EpochPlan(len(job.training), args.batch_size, job.training.image_size, args.seed, state.epoch + 1, positives,
-                     job.processes.share, job.training.rows)  # fmt: skip
+                     job.processes.share, job.training.rows, neighbors)  # fmt: skip
     if job.resident is None:
         loader = TwoViewLoader(job.training.images, plan, args.workers, epoch.step, job.training.check_unchanged)
     else:
@@ -413,7 +483,7 @@ def train_steps(job: Job) -> None:
 
 
 def train_step(job: Job, views: Tensor, images: Tensor) -> Tensor:
-    """One step of SGD on a batch of views (2m, crop, crop, 3); its LOSSES, float64 on the device.
+    """One step on a batch of views (2m, crop, crop, 3); its LOSSES, float64 on the device.
 
     Of many processes each has its share of the views, and all have the losses of the whole batch.
     """
@@ -425,11 +495,15 @@ def train_step(job: Job, views: Tensor, images: Tensor) -> Tensor:
     inputs = job.model.normalization(views.to(job.device, non_blocking=True))  # (2m, 3, H, W)
     if job.args.pseudo_labels == "kmeans":
         labels = job.state.pseudo_labels[images].to(job.device)
+    if job.classes is not None:
+        labels = job.classes[images].to(job.device)
     with network_autocast(job.device, job.args.precision):
         losses = job.step(inputs, labels)
     job.optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
     job.optimizer.step()
+    if job.teacher:
+        job.teacher.follow(job.model)
     return torch.stack([losses[name].detach().double() for name in LOSSES])
 
 
@@ -472,34 +546,41 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     resident = to_device(training.images, device, args.data_on)
     torch.manual_seed(args.seed)
     model = build_model(args.backbone, args.n_cluster, args.low_dim, "none" if saved else args.weights,
-                        Pooling.parse(args.layers, args.pool, unit=args.head_init != "random"))  # fmt: skip
+                        Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes))  # fmt: skip
     if args.head_init != "random":
         check_directions(args.low_dim, min(len(training) - 1, model.pooled_dim), len(training), model.pooled_dim)
     model = model.to(device, memory_format=torch.channels_last)
     model.base_model = share_batch_norm(model.base_model, processes, device)
+    if args.train_stages:
+        model.train_last(args.train_stages)
     if args.compile:
         compile_backbone(model, device)
-    step = training_step(args, model, device, processes)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
-    job = Job(args, config, device, training, validation, held_out, data, resident, model, step, optimizer, run,
-              State(), stop, processes)  # fmt: skip
+    classes = real_classes(training) if args.metric_loss in SUPERVISED_LOSS_NAMES else None
+    losses = make_losses(args, model, classes, processes).to(device)
+    step = processes.parallel(losses, device, every_weight=all((args.ml, args.rim, args.recon)))
+    job = Job(args, config, device, training, validation, held_out, data, resident, model, losses, step,
+              make_optimizer(args, losses), run, State(), stop, processes, classes)  # fmt: skip
     if saved:
         restore(job, saved)
     if processes.first:
         run.begin(config, job.state.rows, stale)  # not before the new run is sure to start
         start_log(args, run.path)
         job.events = EventFile(run.path, job.state.rows) if args.tensorboard else None
-    classes = f"of {len(set(validation.labels.tolist()))} classes" if validation.labelled else "without labels"
+    scored = f"of {len(set(validation.labels.tolist()))} classes" if validation.labelled else "without labels"
     log.info("%s: %d training images, %d test images %s, %d px; %s on %s in %s%s; run folder %s",
-             args.dataset, len(training), len(validation), classes, training.image_size, args.backbone, device,
+             args.dataset, len(training), len(validation), scored, training.image_size, args.backbone, device,
              args.precision, f", {processes.count} processes" if processes.count > 1 else "", run.path)  # fmt: skip
     if held_out:
         log.info("%d images of %d classes of the training half held out, to choose the epoch on",
                  len(held_out), args.val_classes)  # fmt: skip
-    if args.baseline:
-        changed = {name: getattr(args, name) for name, value in BASELINES[args.baseline].items()
-                   if getattr(args, name) != value}  # fmt: skip
-        log.info("baseline %s%s", described(args.baseline), f"; but given: {changed}" if changed else "")
+    presets = (("recipe", args.recipe, RECIPES), ("baseline", args.baseline, BASELINES))
+    for kind, name, known in presets[args.recipe == "paper" :]:
+        if name:
+            changed = {o: getattr(args, o) for o, value in known[name].items() if getattr(args, o) != value}
+            log.info("%s %s%s", kind, described(name, known), f"; but given: {changed}" if changed else "")
+    if classes is not None:
+        log.info("--metric_loss %s: trains by the REAL labels of the %d training classes",
+                 args.metric_loss, int(classes.max()) + 1)  # fmt: skip
     if args.precision == "bf16" and bf16_is_slow(device):
         log.info("this processor has no bfloat16 instructions: --precision bf16 is slower here than fp32")
     if args.resume:
@@ -509,16 +590,49 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     return job
 
 
-def training_step(
-    args: argparse.Namespace, model: CBSwR, device: torch.device, processes: Processes
+def make_losses(
+    args: argparse.Namespace, model: CBSwR, classes: Tensor | None, processes: Processes
 ) -> torch.nn.Module:
     """The module that gives the losses of a batch; of many processes each takes its share of the batch."""
-    from losses import TrainingStep
+    import losses
 
-    weights = (args.ml, args.rim, args.recon)
-    step = TrainingStep(model, weights, temperature=args.t, alpha=args.alpha, mu=args.mu, neg_m=args.neg_m,
-                        recon_target=args.recon_target, metric_loss=args.metric_loss, processes=processes)  # fmt: skip
-    return processes.parallel(step, device, every_weight=all(weights))
+    if args.metric_loss == "contextual":
+        from models.teacher import Teacher
+
+        teacher = Teacher(model, args.teacher_momentum, args.teacher_dim)
+        return losses.ContextualStep(model, teacher, args.ml, processes)
+    if args.metric_loss == "classify":
+        return losses.ClassificationStep(model, args.ml, processes)
+    if classes is not None:
+        return losses.SupervisedStep(model, args.metric_loss, int(classes.max()) + 1, args.ml, processes)
+    return losses.TrainingStep(model, (args.ml, args.rim, args.recon), temperature=args.t, alpha=args.alpha, mu=args.mu,
+                               neg_m=args.neg_m, recon_target=args.recon_target, metric_loss=args.metric_loss,
+                               processes=processes)  # fmt: skip
+
+
+def make_optimizer(args: argparse.Namespace, losses: torch.nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW of the network's weights and, at their own rate, of those that the losses have beside it."""
+    import torch
+
+    from losses import PROXY_RATE
+
+    groups: list[dict] = [{"params": [weight for weight in losses.model.parameters() if weight.requires_grad]}]
+    network = {id(weight) for weight in losses.model.parameters()}
+    proxies = [weight for weight in losses.parameters() if weight.requires_grad and id(weight) not in network]
+    if proxies:
+        groups.append({"params": proxies, "lr": args.lr * PROXY_RATE, "scale": PROXY_RATE})
+    make = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.SGD
+    return make(groups, lr=args.lr)
+
+
+def real_classes(training: Split) -> Tensor:
+    """The real labels of the training images, as classes from 0: (N,) int64."""
+    import numpy as np
+    import torch
+
+    if not training.labelled:
+        raise UserError(f"{training.path}: has no labels, which a supervised --metric_loss goes by")
+    return torch.from_numpy(np.unique(np.asarray(training.labels), return_inverse=True)[1].astype(np.int64))
 
 
 def check_sizes(args: argparse.Namespace, training, validation, processes: int) -> None:
@@ -622,6 +736,9 @@ def restore(job: Job, saved: dict) -> None:
 
     try:
         job.model.load_state_dict(saved["model"])
+        missing, unknown = job.losses.load_state_dict(saved.get("step") or {}, strict=False)
+        if unknown or beside_network(missing):
+            raise KeyError(f"step: {', '.join([*unknown, *beside_network(missing)])}")
         job.optimizer.load_state_dict(saved["optimizer"])
         current = EpochUnderWay(**saved["current"]) if saved.get("current") else None
         job.state = State(saved["epoch"], saved["metrics"], saved["pseudo_labels"], current)
@@ -633,7 +750,14 @@ def restore(job: Job, saved: dict) -> None:
         raise UserError(f"--resume {job.args.resume}: the checkpoint does not fit the run's config.json ({reason}); "
                         f"start the run again without --resume") from None  # fmt: skip
     for group in job.optimizer.param_groups:
-        group["lr"] = job.args.lr  # the one option of the method that may change
+        group["lr"] = job.args.lr * group.get("scale", 1)  # the one option of the method that may change
+
+
+def beside_network(state):
+    """What of the losses' state_dict, or of its names, is not the network's."""
+    if isinstance(state, dict):
+        return {name: state[name] for name in beside_network(list(state))}
+    return [name for name in state if not name.startswith("model.")]
 
 
 def save(job: Job, best: bool = False) -> None:
@@ -651,6 +775,7 @@ def save(job: Job, best: bool = False) -> None:
     job.run.save(
         {
             "model": job.model.state_dict(),
+            "step": beside_network(job.losses.state_dict()),
             "epoch": state.epoch,
             "optimizer": job.optimizer.state_dict(),
             "config": job.config,
@@ -716,21 +841,41 @@ def random_state(device) -> dict:
 
 
 def pseudo_label_images(job: Job) -> tuple[Tensor | None, Tensor | None, dict]:
-    """One feature pass for mining and clustering: positives (N,) or None, pseudo-labels (N,) or None, what to log."""
+    """One feature pass for mining and clustering: positives (N,) or (N, g - 1), pseudo-labels (N,), what to log."""
     args, training, epoch = job.args, job.training, job.state.epoch + 1
-    mine = args.positives == "nn" or (args.positives == "auto" and args.dataset == "cub200")
-    if not mine and args.pseudo_labels == "rim":
+    if job.classes is not None:
+        return same_class(job.classes, args.group - 1, (args.seed, epoch)) if args.group > 1 else None, None, {}
+    count = args.group - 1
+    if args.positives == "nn" or (args.positives == "auto" and args.dataset == "cub200" and not count):
+        count = 1
+    if not count and args.pseudo_labels == "rim":
         return None, None, {}
-    pooled, _ = features(job, training, f"epoch {epoch}: features")
-    return by_first(job, lambda: mine_and_cluster(job, pooled.to(job.device), mine))
+    pooled, embeddings = features(job, training, f"epoch {epoch}: features", job.teacher and job.teacher.network)
+    space = pooled if args.head_init == "random" else embeddings  # a head in closed form knows better who is near
+    return by_first(job, lambda: mine_and_cluster(job, space.to(job.device), count))
 
 
-def mine_and_cluster(job: Job, pooled: Tensor, mine: bool) -> tuple[Tensor | None, Tensor | None, dict]:
-    """`pseudo_label_images` from the pooled features (N, C)."""
+def same_class(classes: Tensor, count: int, seed: tuple[int, int]) -> Tensor:
+    """For each image `count` others of its class, drawn at random, or in turns where there are fewer: (N, count)."""
+    import numpy as np
+    import torch
+
+    rng, found = np.random.default_rng(seed), np.empty((len(classes), count), np.int64)
+    for label in range(int(classes.max()) + 1):
+        images = rng.permutation(np.flatnonzero(classes.numpy() == label))
+        found[images] = np.stack([np.roll(images, -turn) for turn in range(1, count + 1)], 1)
+    return torch.from_numpy(found)
+
+
+def mine_and_cluster(job: Job, space: Tensor, count: int) -> tuple[Tensor | None, Tensor | None, dict]:
+    """`pseudo_label_images` from features (N, C): the `count` nearest neighbours of each image, and the clusters."""
     from utils import clustering, metrics, search
 
     args, epoch = job.args, job.state.epoch + 1
-    positives = search.nearest_neighbors(pooled, memory_mb=args.eval_memory_mb)[1][:, 0].cpu() if mine else None
+    positives = None
+    if count:
+        positives = search.nearest_neighbors(space, count, memory_mb=args.eval_memory_mb)[1].cpu()
+        positives = positives if args.group > 1 else positives[:, 0]
     if args.pseudo_labels == "rim":
         return positives, None, {}
     engine = args.kmeans_engine
@@ -738,7 +883,7 @@ def mine_and_cluster(job: Job, pooled: Tensor, mine: bool) -> tuple[Tensor | Non
         engine = "faiss" if clustering.has_faiss() and not args.deterministic else "torch"
     try:
         labels, _, _ = clustering.kmeans(
-            pooled, args.n_cluster, max_iter=KMEANS_ITERATIONS, seed=args.seed + epoch, engine=engine
+            space, args.n_cluster, max_iter=KMEANS_ITERATIONS, seed=args.seed + epoch, engine=engine
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"epoch {epoch}: cannot cluster the training images: {error}") from None
@@ -781,12 +926,12 @@ def scores_of(job: Job, split: Split, title: str) -> dict:
     )  # fmt: skip
 
 
-def features(job: Job, split: Split, title: str, view: int = 0) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, C) and embeddings (N, D) of a half; of many processes each computes some batches.
+def features(job: Job, split: Split, title: str, network: CBSwR | None = None) -> tuple[Tensor, Tensor]:
+    """Pooled features (N, C) and embeddings (N, D) of a half, by the model or by another network.
 
-    Of the centre crops or, with a number from 1, of random views, another one for each number.
+    Of many processes each computes some batches.
     """
-    from datasets import augmented_crops, center_crops
+    from datasets import center_crops
     from utils.features import extract_features
 
     args, processes = job.args, job.processes
@@ -798,13 +943,10 @@ def features(job: Job, split: Split, title: str, view: int = 0) -> tuple[Tensor,
                 job.stop.check()
             yield batch
 
-    how = args.workers, split.check_unchanged, processes.share, split.rows
-    if view:
-        crops = augmented_crops(split.images, args.test_batch, (args.seed, view), *how)
-    else:
-        crops = center_crops(split.images, args.test_batch, *how)
-    return extract_features(job.model, progress(stoppable(crops), rounds, title), args.precision, processes,
-                            flip=args.flip_eval and not view)  # fmt: skip
+    crops = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share,
+                         split.rows)  # fmt: skip
+    return extract_features(network or job.model, progress(stoppable(crops), rounds, title), args.precision, processes,
+                            flip=args.flip_eval)  # fmt: skip
 
 
 def by_first(job: Job, work: Callable[[], Any]) -> Any:

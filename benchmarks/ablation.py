@@ -1,11 +1,12 @@
 """Train and score methods over several seeds, and write the table of their means and standard deviations.
 
     python benchmarks/ablation.py --dataset glyphs --seeds 1 2 3 -- --positives nn --lr 0.02 --n_epoch 8
+    python benchmarks/ablation.py --dataset cub200 --methods frozen cbswr stml start best -- --flip_eval
 
 Options after -- are those of train.py, for all methods alike. Every run has a folder of its own in
 CHECKPOINT_DIR/NAME/; what is finished there is kept and what was interrupted is resumed, so that the same command goes
 on where it was stopped. The last epoch is the one that is scored, by test.py. OUT/NAME.md, .csv and .tex are the table,
-NAME.json holds settings, scores and epochs of every run. A new method is a line in METHODS.
+NAME.png draws it, NAME.json holds settings, scores and epochs of every run. A new method is a line in METHODS.
 """
 
 from __future__ import annotations
@@ -45,6 +46,16 @@ METHODS = {
     "cbswr": Method("CBSwR (the paper's method)", ("--baseline=cbswr",)),
     "kmeans": Method("CBSwR, pseudo-labels of k-means", ("--baseline=kmeans",)),
 }
+PAPER = tuple(METHODS)
+_LABELS = ("--ml=1", "--rim=0", "--recon=0", "--positives=self", "--group=4", "--optimizer=adamw", "--lr=1e-4")
+METHODS |= {
+    "deepcluster": Method("k-means classification (DeepCluster)", ("--baseline=deepcluster",)),
+    "stml": Method("contextual loss (STML)", ("--baseline=stml",)),
+    "start": Method("recipe best, before training", ("--recipe=best", "--n_epoch=0")),
+    "best": Method("recipe best", ("--recipe=best",)),
+    "proxy_anchor": Method("WITH LABELS: Proxy-Anchor", ("--metric_loss=proxy_anchor", *_LABELS)),
+    "multi_similarity": Method("WITH LABELS: Multi-Similarity", ("--metric_loss=multi_similarity", *_LABELS)),
+}
 SCORES = {
     "R@1": "recall@1", "R@2": "recall@2", "R@4": "recall@4", "R@8": "recall@8", "MAP@R": "map@r", "NMI": "nmi",
     "AMI": "ami",
@@ -72,8 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="cub200")
     parser.add_argument("--backbone", default="googlenet")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD",
-                        help=f"rows, in this order: {', '.join(METHODS)}")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=list(PAPER), choices=list(METHODS), metavar="METHOD",
+                        help=f"rows, in this order: {', '.join(METHODS)} (default: the paper's, {', '.join(PAPER)}"
+                        ")")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
     parser.add_argument("--name", type=folder_name, help="of the results and of the folder of the runs (default: "
                         "<dataset>_<backbone>_ablation)")  # fmt: skip
@@ -82,15 +94,24 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan(args: argparse.Namespace, method: str, seed: int, more: list[str]) -> tuple[list[str], argparse.Namespace]:
-    """The command line of train.py for a run, and the options that it comes to; a mistake in them ends here."""
-    reserved = {"--dataset", "--backbone", "--seed", "--checkpoint_dir", "--model_name", "--resume", "--baseline"}
+def plan(
+    args: argparse.Namespace, method: str, seed: int, more: list[str], varied: tuple[str, ...] = ()
+) -> tuple[list[str], argparse.Namespace]:
+    """The command line of train.py for a run, and the options that it comes to; a mistake in them ends here.
+
+    more: options for all methods alike, below those of the method; varied: (name, value), or (), above them.
+    """
+    reserved = {"--dataset", "--backbone", "--seed", "--checkpoint_dir", "--model_name", "--resume", "--baseline",
+                "--recipe"}  # fmt: skip
     for word in more:
         if word.partition("=")[0] in reserved:
             raise UserError(f"{word.partition('=')[0]} after --: is set by the table; see --help")
     command = [f"--dataset={args.dataset}", f"--backbone={args.backbone}", f"--seed={seed}",
-               f"--checkpoint_dir={Path(args.checkpoint_dir) / args.name}", f"--model_name={method}_seed{seed}",
+               f"--checkpoint_dir={Path(args.checkpoint_dir) / args.name}",
+               f"--model_name={'_'.join([method, *varied])}_seed{seed}",
                *more, *(METHODS[method].options or ())]  # fmt: skip
+    if varied:
+        command.append(f"--{varied[0]}={varied[1]}")
     return command, train.parse_args(command)
 
 
@@ -135,7 +156,8 @@ def check_same(folder: Path, wanted: dict, found: dict) -> None:
 
 def tested_with(options: argparse.Namespace) -> list[str]:
     """The options of test.py that say what and how."""
-    return [f"--{name}={value}" for name in TESTED_WITH if (value := getattr(options, name)) is not None]
+    given = [f"--{name}={value}" for name in TESTED_WITH if (value := getattr(options, name)) is not None]
+    return [*given, "--flip_eval"] if options.flip_eval else given
 
 
 def call(script: str, *arguments: str) -> None:
@@ -221,6 +243,26 @@ def comma_separated(rows: dict[str, list[Cell]], count: int) -> str:
     return text.getvalue()
 
 
+def draw(path: Path, rows: dict[str, list[Cell]]) -> None:
+    """Bars of R@1 and NMI, with the standard deviation; the methods from top to bottom."""
+    from matplotlib.figure import Figure  # takes a second
+
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")
+    for axes, (title, key) in zip(figure.subplots(1, 2, sharey=True), (("R@1", 0), ("NMI", list(SCORES).index("NMI"))),
+                                  strict=True):  # fmt: skip
+        cells = [cells[key] for cells in rows.values()]
+        colours = ["#b9b9b9" if METHODS[m].title.startswith("WITH LABELS") else "#4477aa" for m in rows]
+        bars = axes.barh(range(len(rows)), [c.mean for c in cells], xerr=[c.std or 0 for c in cells], color=colours)
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+        axes.set_yticks(range(len(rows)), [METHODS[m].title for m in rows])
+        axes.set_xlabel(f"{title}, %")
+        axes.set_xlim(0, 112)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()
+    with written_whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=110)
+
+
 def write_results(args: argparse.Namespace, runs: list[dict]) -> None:
     """The table in three forms, and every run."""
     rows = cells_of(runs, args.methods)
@@ -237,6 +279,7 @@ def write_results(args: argparse.Namespace, runs: list[dict]) -> None:
     write(args.out / f"{args.name}.csv", comma_separated(rows, len(args.seeds)))
     write(args.out / f"{args.name}.tex", latex(rows, about))
     write(args.out / f"{args.name}.md", markdown(rows, about))
+    draw(args.out / f"{args.name}.png", rows)
     print((args.out / f"{args.name}.md").read_text(encoding="utf-8"), end="")
 
 

@@ -47,8 +47,12 @@ class EpochPlan:
         positives: np.ndarray | None = None,
         share: tuple[int, int] = (0, 1),
         rows: np.ndarray | None = None,
+        neighbors: np.ndarray | None = None,
     ) -> None:
         """positives: (N,) index of each image's positive; the second view is of it or of the image itself, by coin.
+
+        neighbors: (N, g - 1) index of the nearest neighbours of each image, for batches of m / g images drawn at random
+        and their neighbours, m in all (in which an image may be there twice).
 
         rows: (N,) where each image lies among those stored; None for images stored alone and in order.
 
@@ -62,6 +66,10 @@ class EpochPlan:
         margin = image_size - crop_size(image_size)
         self.batch_size, self.share, self.rows = batch_size, share, rows
         self.order = rng.permutation(count)  # (N,)
+        if neighbors is not None:
+            groups = count // batch_size * batch_size // (1 + neighbors.shape[1])
+            drawn = self.order[:groups, None]
+            self.order = np.concatenate([drawn, neighbors[drawn[:, 0]]], 1).reshape(-1)
         self.top, self.left = rng.integers(0, margin + 1, (2, 2, count))  # (2, N) each, a row for each view
         self.flip = rng.random((2, count)) < FLIP_PROBABILITY  # (2, N)
         take_positive = rng.random(count) < POSITIVE_PROBABILITY  # (N,)

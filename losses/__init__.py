@@ -2,18 +2,26 @@
 
 from losses.cbswr import METRIC_LOSSES, TrainingStep, cbswr_losses, total_loss
 from losses.center_softmax import center_softmax_loss
+from losses.classification import PROXY_RATE, ClassificationStep, SupervisedStep
+from losses.contextual import ContextualStep, contextual_similarity, relaxed_contrastive_loss
 from losses.instance_softmax import instance_softmax_loss
 from losses.reconstruction import cluster_means, reconstruction_loss
 from losses.rim import rim_loss
 
 __all__ = [
     "METRIC_LOSSES",
+    "PROXY_RATE",
+    "ClassificationStep",
+    "ContextualStep",
+    "SupervisedStep",
     "TrainingStep",
     "cbswr_losses",
     "center_softmax_loss",
     "cluster_means",
+    "contextual_similarity",
     "instance_softmax_loss",
     "reconstruction_loss",
+    "relaxed_contrastive_loss",
     "rim_loss",
     "total_loss",
 ]

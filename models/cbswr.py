@@ -23,15 +23,18 @@ class CBSwR(nn.Module):
 
     def __init__(self, backbone: str, n_cluster: int, low_dim: int, pooling: Pooling = PAPER) -> None:
         super().__init__()
+        self._keep_statistics = False  # of the backbone's batch norms, in training
         spec = backbone_spec(backbone)
-        pooling.check(spec.stages, backbone)
+        pooling = pooling.resolved(spec.stages, backbone)
         self.backbone_name = backbone
         self.n_cluster = n_cluster
         self.low_dim = low_dim
         self.pooling = pooling
         self.channels = spec.channels
-        self.pooled_dim = sum(spec.stages[name][1] for name in pooling.layers) or spec.channels
+        self.pooled_dim = pooling.width([spec.stages[name][1] for name in pooling.layers] or [spec.channels])
+        self._stages = [child for child, _ in spec.stages.values()]
         self._tapped = [spec.stages[name][0] for name in pooling.layers]
+        self._frozen: list[str] = []  # children of the backbone that are not trained
         self.normalization = spec.normalization
         self.base_model = spec.make()
         self.decoder = Decoder(spec.channels)
@@ -49,14 +52,54 @@ class CBSwR(nn.Module):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) -> the feature maps (B, C_l, h_l, w_l) of the pooled layers, the last one last."""
-        if len(self._tapped) < 2:
+        return self.end_maps(*self.begin_maps(x))
+
+    def begin_maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The part of `maps` that is not trained: its result, and the maps of the pooled layers in it."""
+        return self._through(x, [], trained=False) if self._frozen else (x, [])
+
+    def end_maps(self, x: Tensor, found: list[Tensor]) -> list[Tensor]:
+        """The rest of `maps`, from what `begin_maps` gave."""
+        if len(self._tapped) < 2 and not self._frozen:
             return [self.base_model(x)]
-        found = []
-        for name, part in self.base_model.named_children():
-            x = part(x)
-            if name in self._tapped:
-                found.append(x)
-        return found
+        return self._through(x, found, trained=True)[1]
+
+    def _through(self, x: Tensor, found: list[Tensor], trained: bool) -> tuple[Tensor, list[Tensor]]:
+        """Through the trained or the frozen children of the backbone; the maps found are added to those given."""
+        children, found = dict(self.base_model.named_children()), list(found)
+        last = list(children)[-1]
+        for name, part in children.items():
+            if (name not in self._frozen) == trained:
+                x = part(x)
+                if name in self._tapped or (name == last and not self._tapped):
+                    found.append(x)
+        return x, found
+
+    def train_last(self, stages: int) -> None:
+        """Train the last `stages` stages of the backbone only, and keep the statistics of all its batch norms.
+
+        Raises UserError where it has no so many to name.
+        """
+        if not 1 <= stages <= len(self._stages):
+            known = f"has {len(self._stages)} stages" if self._stages else "names no stages"
+            raise UserError(f"--train_stages {stages}: {self.backbone_name} {known}; give a smaller number, or leave "
+                            "the option out to train all")  # fmt: skip
+        children = list(self.base_model._modules)
+        first = children.index(self._stages[-stages - 1]) + 1 if stages < len(self._stages) else 0
+        self._frozen = children[:first]
+        for name in self._frozen:
+            self.base_model.get_submodule(name).requires_grad_(False)
+        self._keep_statistics = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> CBSwR:
+        """As of every module; what `train_last` keeps as it is stays in evaluation mode."""
+        super().train(mode)
+        if self._keep_statistics:
+            for name, part in self.base_model.named_modules():
+                if name.partition(".")[0] in self._frozen or isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.eval()
+        return self
 
     def pool(self, *maps: Tensor) -> Tensor:
         """Pool the feature maps of the layers, by default the average of the last: (B, C, h, w) -> pooled (B, C)."""

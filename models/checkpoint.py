@@ -92,11 +92,12 @@ def _stored_size(content: dict) -> int | None:
 
 def _pooling(config: dict, path: str | os.PathLike) -> Pooling:
     """What is pooled, and how, by the options of the run; the paper's for the authors' files."""
-    layers, pool, start = config.get("layers"), config.get("pool"), config.get("head_init", "random")
-    if not all(value is None or isinstance(value, str) for value in (layers, pool, start)):
-        raise UserError(f"{path}: not a checkpoint of train.py: layers, pool and head_init of its config are texts")
+    layers, pool, stripes, start = (config.get(name) for name in ("layers", "pool", "stripes", "head_init"))
+    if not all(value is None or isinstance(value, str) for value in (layers, pool, stripes, start)):
+        raise UserError(f"{path}: not a checkpoint of train.py: layers, pool, stripes and head_init of its config are "
+                        "texts")  # fmt: skip
     try:
-        return Pooling.parse(layers, pool, start != "random")
+        return Pooling.parse(layers, pool, start not in {None, "random"}, stripes)
     except UserError as error:
         raise UserError(f"{path}: not a checkpoint of train.py ({error})") from None
 

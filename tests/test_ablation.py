@@ -73,10 +73,23 @@ def test_the_table_is_that_of_its_runs_and_is_not_made_twice(table, data, tmp_pa
         assert lines[method].split(" | ")[1] == (f"**{shown}**" if is_best else shown)
         shown = shown.replace("±", r"$\pm$")
         assert latex[method].split(" & ")[1] == (rf"\textbf{{{shown}}}" if is_best else shown)
+    assert (tmp_path / "out" / "tab.png").read_bytes().startswith(b"\x89PNG")
     assert "n = 2 seeds (1, 2)" in made.md and made.tex.count(r"\midrule") == 1
     again = table("frozen", "untrained", "isif")
     assert again.called == []
     assert (again.md, again.csv, again.tex, again.json) == (made.md, made.csv, made.tex, made.json)
+
+
+def test_the_recipe_its_start_and_the_rivals(table):
+    made = table("frozen", "start", "best", "stml", "deepcluster", "multi_similarity", seeds=[1], more=["--flip_eval"])
+    runs = {run["method"]: run for run in json.loads(made.json)["runs"]}
+    assert all(run["scores"]["flip_eval"] for run in runs.values())  # given for all alike
+    assert len(runs["best"]["epochs"]) == 1 and runs["start"]["epochs"][0]["epoch"] == 0
+    for method, run in runs.items():
+        if method != "frozen":
+            assert run["scores"]["recall@1"] == run["epochs"][-1]["recall@1"], method
+    assert runs["best"]["config"]["recipe"] == "best" and runs["stml"]["config"]["baseline"] == "stml"
+    assert "WITH LABELS: Multi-Similarity" in made.md
 
 
 def test_an_interrupted_run_is_resumed_and_scored_anew(table, tmp_path):

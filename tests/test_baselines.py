@@ -126,6 +126,8 @@ def test_cbswr_is_the_default_and_each_other_one_differs():
         "cbs": {"recon"} | more,
         "cbswr": more,
         "kmeans": {"pseudo_labels"} | more,
+        "stml": {"metric_loss", "ml", "rim", "recon", "positives", "group", "optimizer", "lr"} | more,
+        "deepcluster": {"metric_loss", "ml", "rim", "recon", "positives", "pseudo_labels"} | more,
     }
 
 

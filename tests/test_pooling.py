@@ -10,15 +10,13 @@ import torch
 from scripts import failed, run_in_process
 from synthetic import write_dataset
 
-from datasets import augmented_crops, center_crops, load_split
-from datasets.augment import augmented
+from datasets import center_crops, load_split
 from losses import cbswr_losses
 from models import PAPER, Pooling, build_model, load_checkpoint
-from models.closed_form import closed_form_head, start_head, within_covariance
-from models.pooling import pool
+from models.closed_form import closed_form_head, start_head
+from models.pooling import pool, pool_stripes
 from utils.errors import UserError
 from utils.features import extract_features
-from utils.metrics import recall_at_k
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,6 +39,39 @@ def test_a_pool_is_its_formula(kind):
                 "gem": (sum(cubes) / 20) ** (1 / 3),
             }[kind]
     assert torch.allclose(pool(maps, kind), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("height, count, rows", [
+    (6, 3, [(0, 2), (2, 4), (4, 6)]), (7, 3, [(0, 3), (2, 5), (4, 7)]), (4, 3, [(0, 2), (1, 3), (2, 4)]),
+    (2, 3, [(0, 1), (0, 2), (1, 2)]), (1, 2, [(0, 1), (0, 1)]), (5, 1, [(0, 5)]),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["avg", "max", "gem"])
+def test_stripes_pool_their_rows(kind, height, count, rows):
+    maps = noise(2, 3, height, 4)
+    expected = torch.cat([pool(maps[:, :, first:end], kind) for first, end in rows], 1)
+    assert torch.equal(pool_stripes(maps, kind, count), expected)
+    if kind != "gem":
+        adaptive = {"avg": torch.nn.functional.adaptive_avg_pool2d, "max": torch.nn.functional.adaptive_max_pool2d}
+        same = adaptive[kind](maps, (count, 1))[..., 0].transpose(1, 2).flatten(1)
+        assert torch.allclose(same, expected, rtol=1e-12)
+
+
+def test_stripes_of_layers_are_joined():
+    pooling = Pooling.parse("last2", "gem", unit=True, stripes="3,1")
+    model = build_model("resnet_small", 4, 8, pooling=pooling).eval()
+    x = noise(3, 3, 32, 32).float()
+    with torch.no_grad():
+        second, last = model.maps(x)
+        parts = [pool_stripes(second, "gem", 3), pool(last, "gem")]
+        expected = torch.cat([part / part.norm(dim=1, keepdim=True) for part in parts], 1) / 2**0.5
+        pooled, _ = model.features(x)
+    assert model.pooled_dim == 3 * 64 + 128 and model.feat_ext[0].in_features == 320
+    assert torch.allclose(pooled, expected, atol=1e-6)
+    assert str(model.pooling) == "gem of layer2 in 3 stripes + gem of layer3"
+    whole = build_model("resnet_small", 4, 8, pooling=Pooling.parse(None, "avg", unit=False, stripes="2")).eval()
+    with torch.no_grad():
+        expected = pool_stripes(whole.base_model(x), "avg", 2)
+        assert torch.allclose(whole.pool(*whole.maps(x)), expected / expected.norm(dim=1, keepdim=True), atol=1e-6)
 
 
 def test_gem_has_a_finite_gradient_at_a_dead_map():
@@ -89,11 +120,21 @@ def test_the_stages_of_every_backbone_have_the_widths_they_claim(backbone, layer
     ("layer9,layer4", "avg", "has no stage 'layer9'"), ("layer4,layer3", "avg", "in the order"),
     ("layer2,layer3", "avg", "end with its last stage, layer4"), ("layer3,layer3", "avg", "twice"),
     ("layer3,layer4", "avg,gem,max", "3 pools for 2 layers"), (None, "avg,gem", "2 pools for 1 layers"),
-    ("layer4", "mean", "unknown pool 'mean'"),
+    ("layer4", "mean", "unknown pool 'mean'"), ("last9", "avg", "last9: resnet18 has 4 stages"),
+    ("last0", "avg", "no stage 'last0'"), ("last2,layer4", "avg", "no stage 'last2'"),
 ])  # fmt: skip
 def test_layers_and_pools_that_cannot_be(layers, pool_, words):
     with pytest.raises(UserError, match=words):
         build_model("resnet18", 4, 8, pooling=Pooling.parse(layers, pool_, unit=False))
+
+
+@pytest.mark.parametrize("layers, stripes, words", [
+    (None, "0", "--stripes 0"), (None, "65", "--stripes 65"), (None, "two", "--stripes two"),
+    ("layer3,layer4", "1,2,3", "3 numbers for 2 layers"), (None, "1,2", "2 numbers for 1 layers"),
+])  # fmt: skip
+def test_stripes_that_cannot_be(layers, stripes, words):
+    with pytest.raises(UserError, match=words):
+        build_model("resnet18", 4, 8, pooling=Pooling.parse(layers, "avg", False, stripes))
 
 
 def test_flip_averages_the_pooled_features_of_image_and_mirror_image():
@@ -113,10 +154,12 @@ def test_flip_averages_the_pooled_features_of_image_and_mirror_image():
         assert not torch.allclose(embedding, model.features(x)[1], atol=1e-3)
 
 
-@pytest.mark.parametrize("kind, power", [("pca", 0.0), ("whiten", 0.5)])
-def test_the_closed_form_is_a_singular_value_decomposition(kind, power):
+@pytest.mark.parametrize("kind, given, power", [
+    ("pca", (), 0.0), ("pca", (0.7,), 0.0), ("whiten", (), 0.5), ("whiten", (0.7,), 0.7), ("whiten", (1.0,), 1.0),
+])  # fmt: skip
+def test_the_closed_form_is_a_singular_value_decomposition(kind, given, power):
     x = noise(50, 7) @ noise(7, 7, seed=1) + 3
-    weight, bias = closed_form_head(x.float(), 4, kind)
+    weight, bias = closed_form_head(x.float(), 4, kind, *given)
     centred = x.float().double().numpy() - x.float().double().numpy().mean(0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
     expected = centred @ (directions[:4] / singular[:4, None] ** power).T
@@ -125,87 +168,6 @@ def test_the_closed_form_is_a_singular_value_decomposition(kind, power):
     assert found.shape == (50, 4) and weight.dtype == bias.dtype == torch.float32
     assert np.allclose(np.abs(found), np.abs(expected), atol=1e-4)  # a direction may point either way
     assert np.allclose(found @ found.T, expected @ expected.T, atol=1e-4)
-
-
-def test_the_covariance_within_images_is_its_formula():
-    views = noise(3, 20, 5) @ noise(5, 5, seed=1) + noise(1, 20, 5, seed=2)  # three views of 20 images
-    expected = sum(np.cov(views[:, image].numpy(), rowvar=False) for image in range(20)) / 20
-    assert np.allclose(within_covariance(iter(views)), expected, atol=1e-12)
-
-
-def test_the_head_by_views_is_its_formula():
-    x, views = noise(60, 6) @ noise(6, 6, seed=1), noise(4, 60, 6, seed=2) * torch.arange(1, 7)
-    within = within_covariance(views)
-    weight, bias = closed_form_head(x, 3, "views", within)
-    variances, directions = np.linalg.eigh(within.numpy())
-    variances = 0.9 * variances + 0.1 * variances.mean()
-    first = directions @ np.diag(variances ** (-0.75 / 2))
-    centred = (x - x.mean(0)).numpy() @ first
-    _, singular, seconds = np.linalg.svd(centred, full_matrices=False)
-    expected = centred @ (seconds[:3] / np.sqrt(singular[:3, None])).T
-    expected /= np.sqrt((expected**2).sum(1).mean())
-    found = (x.float() @ weight.T + bias).double().numpy()
-    assert np.allclose(found @ found.T, expected @ expected.T, atol=1e-4)
-
-
-def test_what_differs_between_views_counts_for_little():
-    """Classes in 16 directions, and a much stronger one in which an image's own views differ."""
-    labels = torch.arange(8).repeat(5)
-    signal = torch.cat([noise(8, 16)[labels], torch.zeros(40, 1)], 1)
-
-    def view(seed: int) -> torch.Tensor:
-        nuisance = torch.cat([torch.zeros(40, 16), 20 * noise(40, 1, seed=seed)], 1)
-        return signal + nuisance + 0.6 * noise(40, 17, seed=seed + 100)
-
-    within = within_covariance(view(seed) for seed in range(1, 5))
-    found = {}
-    for kind in ("whiten", "views"):
-        weight, bias = closed_form_head(view(0), 17, kind, within)
-        embedding = torch.nn.functional.normalize(view(50).float() @ weight.T + bias, dim=1)
-        found[kind] = recall_at_k(embedding, labels, (1,))[1]
-    assert found["views"] > found["whiten"] + 0.1
-
-
-def test_augmented_crops_depend_on_seed_and_place_alone():
-    images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
-    one = torch.cat(list(augmented_crops(images, 7, (1, 2), 0)))
-    assert one.shape == (7, 14, 14, 3) and one.dtype == torch.uint8
-    assert torch.equal(torch.cat(list(augmented_crops(images, 2, (1, 2), 3))), one)
-    shares = [list(augmented_crops(images, 2, (1, 2), 0, share=(part, 2))) for part in range(2)]
-    assert torch.equal(torch.cat([shares[i % 2][i // 2] for i in range(4)]), one)
-    assert not torch.equal(torch.cat(list(augmented_crops(images, 7, (1, 3), 0))), one)
-    held = np.array([0, 3, 5])
-    some = torch.cat(list(augmented_crops(images, 2, (1, 2), 0, rows=held)))
-    assert torch.equal(some[0], one[0])
-    assert torch.equal(some, torch.cat(list(augmented_crops(images[held], 2, (1, 2), 0))))
-
-
-class Drawn:
-    """In the place of a generator: numbers that are known."""
-
-    def __init__(self, *uniform, mirrored: bool) -> None:
-        self.numbers, self.mirrored = list(uniform), mirrored
-
-    def uniform(self, *_: object):
-        return self.numbers.pop(0)
-
-    def random(self) -> float:
-        return 0.25 if self.mirrored else 0.75
-
-
-def test_a_view_is_cut_mirrored_and_coloured():
-    image = np.random.default_rng(0).integers(60, 190, (16, 16, 3), dtype=np.uint8)
-    ones = np.ones(3)
-    whole = augmented(image, 16, Drawn(1.0, 0.0, 0.0, 0.0, ones, mirrored=False))
-    assert np.array_equal(whole, image)
-    part = augmented(image, 8, Drawn(0.25, 0.0, 3.0, 5.0, ones, mirrored=True))
-    assert np.array_equal(part, image[5:13, 3:11][:, ::-1])
-    darker, flatter, greyer = (augmented(image, 16, Drawn(1.0, 0.0, 0.0, 0.0, np.where(np.arange(3) == i, 0.7, 1.0),
-                                                          mirrored=False)) for i in range(3))  # fmt: skip
-    assert np.allclose(darker, 0.7 * image, atol=0.51)
-    assert np.allclose(flatter, image.mean() + 0.7 * (image - image.mean()), atol=0.51)
-    grey = image.mean(2, keepdims=True)
-    assert np.allclose(greyer, grey + 0.7 * (image - grey), atol=0.51)
 
 
 def test_more_dimensions_than_the_features_have_are_refused():
@@ -292,21 +254,6 @@ def test_a_closed_form_embedder_without_training(tmp_path):
     failed(run_in_process("test.py", *options({**given, "pool": "gem"})), "--pool goes with --backbone")
 
 
-def test_the_head_by_views_through_train(tmp_path):
-    write_dataset(tmp_path / "data", "toy")
-    at = {"data_dir": tmp_path / "data", "checkpoint_dir": tmp_path, "n_epoch": 0, "model_name": "m"}
-    given = {**TINY, **CLOSED, **at, "head_init": "views", "flip_eval": True}
-    assert run_in_process("train.py", *options(given)).code == 0
-    model, _ = load_checkpoint(tmp_path / "m" / "last.pth")
-    images = load_split(tmp_path / "data", "toy", "training").images
-    pooled = extract_features(model, center_crops(images, 100), flip=True)[0]
-    passes = [extract_features(model, augmented_crops(images, 5, (1024, view), 0))[0] for view in range(1, 5)]
-    expected = closed_form_head(pooled, 12, "views", within_covariance(passes))
-    assert torch.allclose(model.feat_ext[0].weight, expected[0], rtol=1e-3, atol=1e-3)
-    again = closed_form_head(pooled, 12, "whiten")[0]
-    assert not torch.allclose(model.feat_ext[0].weight, again, rtol=0.1, atol=0.1)
-
-
 def test_training_goes_on_from_the_closed_form(tmp_path):
     write_dataset(tmp_path / "data", "toy")
     at = {"data_dir": tmp_path / "data", "checkpoint_dir": tmp_path, "model_name": "m", "n_epoch": 1}
@@ -344,7 +291,17 @@ def test_a_head_that_the_data_cannot_give_is_refused_in_one_line(tmp_path):
     assert not (tmp_path / "CBSwR_toy").exists()
 
 
-@pytest.mark.parametrize("config", [{"layers": 3}, {"pool": "mean"}, {"layers": "layer7,layer3"}, {"head_init": []}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"stripes": []},
+        {"stripes": "no"},
+        {"layers": 3},
+        {"pool": "mean"},
+        {"layers": "layer7,layer3"},
+        {"head_init": []},
+    ],
+)
 def test_a_checkpoint_with_senseless_pooling_is_refused(tmp_path, config):
     state = build_model("resnet_small", 4, 8).state_dict()
     torch.save({"model": state, "epoch": 1, "config": {"backbone": "resnet_small", **config}}, tmp_path / "c.pth")

@@ -172,6 +172,7 @@ LIVE = {
     "lr": 0.01, "t": 0.3, "low_dim": 8, "mu": 2.0, "alpha": 0.2, "rim": 1.0, "recon": 1.0, "ml": 0.1, "n_cluster": 6,
     "neg_m": 3, "seed": 4, "batch_size": 6, "positives": "nn", "pseudo_labels": "kmeans", "recon_target": "image",
     "precision": "bf16", "pool": "gem", "layers": "layer2,layer3", "head_init": "pca", "metric_loss": "instance",
+    "stripes": "2", "optimizer": "adamw", "train_stages": 1, "group": 4,
 }  # fmt: skip
 SHOWN_ELSEWHERE = {
     "n_epoch", "interval", "test_batch", "log_dir", "checkpoint_dir", "model_name", "config", "resume", "overwrite",
@@ -179,6 +180,7 @@ SHOWN_ELSEWHERE = {
     "data_dir", "image_size", "backbone", "weights", "device", "data_on", "kmeans_engine",
     "eval_memory_mb", "compile", "nmi", "help", "flip_eval", "baseline", "report",
     "val_classes", "tensorboard",
+    "recipe", "whiten_power", "teacher_momentum", "refit_head",  # test_recipe.py
 }  # fmt: skip
 
 

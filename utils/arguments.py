@@ -31,6 +31,8 @@ BACKBONE_NAMES = (
     "resnet_small",
 )
 METRIC_LOSS_NAMES = ("center", "instance")  # the names of losses.METRIC_LOSSES
+OTHER_LOSS_NAMES = ("contextual", "classify")  # with a step of their own
+SUPERVISED_LOSS_NAMES = ("proxy_anchor", "multi_similarity")
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -50,8 +52,8 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def real(least: float, *, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number of at least (or, with `above`, greater than) `least` and at most `LARGEST_REAL`."""
+def real(least: float, *, above: bool = False, most: float = LARGEST_REAL) -> Callable[[str], float]:
+    """An argparse type: a number of at least (or, with `above`, greater than) `least` and at most `most`."""
 
     def parse(text: str) -> float:
         try:
@@ -60,8 +62,8 @@ def real(least: float, *, above: bool = False) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
         if not math.isfinite(value) or value < least or (above and value == least):
             raise argparse.ArgumentTypeError(f"must be {'greater than' if above else 'at least'} {least:g}, got {text}")
-        if value > LARGEST_REAL:
-            raise argparse.ArgumentTypeError(f"must be at most {LARGEST_REAL:g}, got {text}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:g}, got {text}")
         return value
 
     return parse
@@ -116,16 +118,19 @@ def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
 
 
 def add_pooling(group: argparse._ArgumentGroup, default: str) -> None:
-    """Add --layers and --pool (see `models.pooling.Pooling`); `default` says what no --layers means."""
+    """Add --layers, --pool and --stripes (see `models.pooling.Pooling`); `default` says what no --layers means."""
     group.add_argument("--layers", metavar="NAME[,NAME]", help="stages of the backbone whose pooled features are "
                        f"joined, such as layer3,layer4 ({default})")  # fmt: skip
     group.add_argument("--pool", metavar="KIND[,KIND]", default="avg", help="how maps are pooled, for all "
                        f"layers or each: one of {', '.join(POOLS)}; gem: the generalised mean of power 3")  # fmt: skip
+    group.add_argument("--stripes", metavar="N[,N]", default="1", help="horizontal stripes that maps are pooled in, "
+                       "for all layers or each: they keep what is above and what below, for upright objects that fill "
+                       "the image")  # fmt: skip
 
 
 def refuse_network_options(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with an error where options of a frozen backbone are given beside a checkpoint."""
-    for option in ("weights", "layers", "pool"):
+    for option in ("weights", "layers", "pool", "stripes"):
         if args.checkpoint_path and option in args.given:
             parser.error(f"--{option} goes with --backbone; a checkpoint brings its own {option}")
 

@@ -175,6 +175,8 @@ def fault_in(saved: object, images: int, args: Namespace) -> str:
         return f"pseudo_labels are not those of {images} training images in {args.n_cluster} clusters"
     if data is not None and not _are_fingerprints(data):
         return "data are no fingerprints of two halves"
+    if not _is_state_dict(saved.get("step") or {}):
+        return "step is no state_dict"
     if current is not None and not _is_epoch(current, images, images // args.batch_size):
         return f"current is no epoch under way of {images // args.batch_size} steps over {images} images"
     if current is not None and labels is None and args.pseudo_labels == "kmeans":
@@ -202,6 +204,14 @@ def _are_numbers(value: object, count: int, below: int) -> bool:
     if not plain or value.dtype != torch.int64 or value.shape != (count,):
         return False
     return bool(((value >= 0) & (value < below)).all())
+
+
+def _are_places(value: object, images: int) -> bool:
+    """Whether it is a tensor (images,), or (images, k), int64 of places among the images."""
+    import torch
+
+    count = value.numel() if isinstance(value, torch.Tensor) and value.dim() in {1, 2} else 0
+    return count > 0 and len(value) == images and _are_numbers(value.flatten(), count, images)
 
 
 def _are_metrics(rows: object) -> bool:
@@ -248,7 +258,7 @@ def _is_epoch(current: object, images: int, steps: int) -> bool:
     if not isinstance(current, dict) or current.keys() != names:
         return False
     positives, clustering, losses, seconds = (current[n] for n in ("positives", "clustering", "losses", "seconds"))
-    if positives is not None and not _are_numbers(positives, images, images):
+    if positives is not None and not _are_places(positives, images):
         return False
     if not isinstance(losses, torch.Tensor) or (losses.dtype, losses.shape) != (torch.float64, (4,)):
         return False

@@ -1,0 +1,83 @@
+"""Contextual similarity of a teacher and the relaxed contrastive loss that follows it.
+
+Source: Kim et al., "Self-taught metric learning without labels" (STML), CVPR 2022.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losses.alone import metric_alone
+from models.teacher import Teacher
+from utils.distributed import ALONE, Processes
+
+SIGMA, NEIGHBORS, MARGIN = 3.0, 10, 1.0  # of that paper
+
+
+def contextual_similarity(embeddings: Tensor, neighbors: int = NEIGHBORS, sigma: float = SIGMA) -> Tensor:
+    """How much the rows of a batch belong together: embeddings (B, D) of unit length -> (B, B), symmetric, in [0, 1].
+
+    The mean of two similarities: exp(-d^2 / sigma) of their distance d; and how far their neighbourhoods agree, where j
+    is in R(i) if each is among the `neighbors` nearest of the other (a row is its own nearest): |R(i) and R(j)| /
+    |R(i)| if j is in R(i), else 0, averaged over the nearest half of the neighbours of i, and over (i, j) and (j, i).
+    A batch of fewer rows than neighbours takes all of them.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(-1.0)  # itself first
+        count = min(neighbors, len(x))
+        nearest = distance.topk(count, largest=False).indices  # (B, k)
+        near = torch.zeros_like(distance).scatter_(1, nearest, 1.0)
+        mutual = near * near.T  # (B, B), rows R(i)
+        context = mutual * (mutual @ mutual.T) / mutual.sum(1, keepdim=True)
+        context = context[nearest[:, : max(1, count // 2)]].mean(1)
+        pairwise = torch.exp(-distance.fill_diagonal_(0.0).square() / sigma)
+        return (pairwise + (context + context.T) / 2) / 2
+
+
+def relaxed_contrastive_loss(embeddings: Tensor, similarity: Tensor, margin: float = MARGIN) -> Tensor:
+    """Pull rows together as far as they are similar and push them apart as far as they are not.
+
+    embeddings: (B, D), B > 1; similarity: (B, B) in [0, 1]. With d_ij the distance of two rows divided by the mean
+    distance of row i to all rows, returns the mean over i != j of w d^2 + (1 - w) max(0, margin - d)^2, a scalar,
+    float32 (float64 for float64 input). (The paper divides the sum by B; the mean keeps its size for all batches.)
+    Raises ValueError for shapes that do not fit.
+    """
+    rows = len(embeddings)
+    if embeddings.dim() != 2 or rows < 2 or similarity.shape != (rows, rows):
+        raise ValueError(
+            f"embeddings must be (B, D) of B > 1 rows with similarity (B, B), got {tuple(embeddings.shape)} and "
+            f"{tuple(similarity.shape)}"
+        )
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = distance / distance.mean(1, keepdim=True).clamp(min=1e-12)
+        loss = similarity * distance.square() + (1 - similarity) * (margin - distance).clamp(min=0).square()
+        return (loss - torch.diag(torch.diag(loss))).sum() / (rows * (rows - 1))
+
+
+class ContextualStep(nn.Module):
+    """The loss of a batch by the contextual similarity that a teacher sees in it.
+
+    What comes before the trained stages is computed once, for both.
+    """
+
+    def __init__(self, model: Any, teacher: Teacher, weight: float = 1.0, processes: Processes = ALONE) -> None:
+        super().__init__()
+        self.model, self.teacher, self.weight, self.processes = model, teacher, weight, processes
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Two views of images (2m, 3, H, W) -> "loss", with a gradient, "metric", and zeros for the other losses."""
+        begun = self.model.begin_maps(inputs)
+        with torch.no_grad():
+            target = contextual_similarity(self._embed(self.teacher.network, begun))
+        metric = relaxed_contrastive_loss(self._embed(self.model, begun), target)
+        return metric_alone(metric, self.weight)
+
+    def _embed(self, network: Any, begun: tuple[Tensor, list[Tensor]]) -> Tensor:
+        pooled = network.pool(*network.end_maps(*begun))
+        return network.embed(self.processes.gather_views(pooled))  # (2m, D) of the whole batch
