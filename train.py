@@ -344,6 +344,7 @@ class Job:
     stop: StopRequest
     processes: Processes
     classes: Tensor | None  # (N,) int64, the real labels from 0, where the loss goes by them
+    pooled: Tensor | None = None  # (N, C), features of the training images by the network as it is, if they are at hand
     events: EventFile | None = None  # of --tensorboard, in the first process
 
     @property
@@ -426,6 +427,7 @@ def fit_head(job: Job) -> None:
         pooled, _ = features(job, job.training, f"head by {args.head_init}")
         head = by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init, args.whiten_power))
         start_head(job.model, *head)
+        job.pooled = pooled
         if job.teacher:
             job.teacher.become(job.model)
             if args.teacher_dim:
@@ -842,6 +844,8 @@ def random_state(device) -> dict:
 
 def pseudo_label_images(job: Job) -> tuple[Tensor | None, Tensor | None, dict]:
     """One feature pass for mining and clustering: positives (N,) or (N, g - 1), pseudo-labels (N,), what to log."""
+    import torch
+
     args, training, epoch = job.args, job.training, job.state.epoch + 1
     if job.classes is not None:
         return same_class(job.classes, args.group - 1, (args.seed, epoch)) if args.group > 1 else None, None, {}
@@ -850,8 +854,13 @@ def pseudo_label_images(job: Job) -> tuple[Tensor | None, Tensor | None, dict]:
         count = 1
     if not count and args.pseudo_labels == "rim":
         return None, None, {}
-    pooled, embeddings = features(job, training, f"epoch {epoch}: features", job.teacher and job.teacher.network)
-    space = pooled if args.head_init == "random" else embeddings  # a head in closed form knows better who is near
+    network = job.teacher.network if job.teacher else job.model
+    if job.pooled is None:
+        job.pooled, _ = features(job, training, f"epoch {epoch}: features", network)
+    space, job.pooled = job.pooled, None
+    if args.head_init != "random":  # a head in closed form knows better who is near
+        with torch.no_grad():
+            space = network.embed(space.to(job.device))
     return by_first(job, lambda: mine_and_cluster(job, space.to(job.device), count))
 
 

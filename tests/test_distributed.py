@@ -211,3 +211,20 @@ def test_a_process_killed_under_torchrun_ends_the_job(data, tmp_path, one):
     rows = outcome(tmp_path / "run").rows
     assert [row["loss"] for row in rows[:2]] == pytest.approx([row["loss"] for row in one.rows], rel=1e-3)
     assert script.main(["--resume", str(tmp_path / "run"), f"--n_epoch={len(rows) + 1}"]) == 0
+
+
+@pytest.mark.parametrize("method", [
+    {"recipe": "best", "teacher_momentum": 0.9}, {"baseline": "deepcluster", "kmeans_engine": "torch"},
+    {"metric_loss": "multi_similarity", "ml": 1, "rim": 0, "recon": 0, "group": 4, "train_stages": 1},
+])  # fmt: skip
+def test_the_other_losses_train_in_two_processes_as_in_one(data, tmp_path, forks, method):
+    settings = method | {"n_epoch": 2, "batch_size": 8, "test_batch": 5, "lr": 1e-4, "positives": "self"}
+    one = trained(data, tmp_path / "one", **settings)
+    printed = forks.run(*options(data, tmp_path / "two", **settings), processes=2)
+    assert printed.code == 0, printed.err
+    two = outcome(tmp_path / "two" / "run")
+    for a, b in zip(one.rows, two.rows, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["recall@1"] == pytest.approx(b["recall@1"])
+    for part in ("model", "step"):
+        for name, value in one.saved[part].items():
+            torch.testing.assert_close(two.saved[part][name], value, rtol=1e-2, atol=1e-3, msg=lambda m, n=name: n + m)

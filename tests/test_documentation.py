@@ -25,6 +25,7 @@ NOT_RUN = {  # by their beginnings, and what does it instead
     "pip install -r requirements.txt": "make demo runs it",
     "python pre_process/download.py": "tests/test_download.py, against a server of its own",
     "python benchmarks/ablation.py": "tests/test_ablation.py: it trains for minutes",
+    "python benchmarks/sensitivity.py": "tests/test_sensitivity.py: it trains for minutes",
     "python test.py --dataset cub200 --backbone timm:": "tests/test_timm_backbones.py: it downloads weights",
     "torchrun --nnodes 2": "needs two machines",
 }
@@ -35,7 +36,7 @@ SMALLER = {
     "report.py": ["--device", "cpu", "--map_points", "20"],
     "embed.py": ["--device", "cpu", "--image_size", "40"],
     "pre_process_glyphs.py": ["--per_class", "2"],
-    "benchmarks/closed_form.py": ["--dims", "8", "--out_dir", "."],
+    "benchmarks/closed_form.py": ["--dims", "8", "--out_dir", ".", "--val_classes", "3"],
     **{f"pre_process_{name}.py": ["--image_size", "40"] for name in ("cub200", "car196", "sop", "inshop", "folder")},
 }
 OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint", "--kills", "--logdir"}
