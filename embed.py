@@ -16,6 +16,7 @@ from utils.arguments import (
     BACKBONE_NAMES,
     LARGEST_SEED,
     Parser,
+    add_dim,
     add_flip,
     add_pooling,
     backbone_name,
@@ -61,6 +62,7 @@ def make_parser() -> Parser:
         "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
     )
     add_pooling(g, "default: the last; a checkpoint brings its own")
+    add_dim(g)
     add_flip(g)
     g.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, help="of --weights none")
     g = p.add_argument_group("output")
@@ -136,7 +138,7 @@ def export(args: argparse.Namespace) -> None:
     from models.export import export_onnx
 
     torch.manual_seed(args.seed)
-    model, what = load_network("cpu", args.checkpoint_path, args.backbone, args.weights, pooling_of(args))
+    model, what = load_network("cpu", args.checkpoint_path, args.backbone, args.weights, pooling_of(args), args.dim)
     size = args.image_size or what.get("image_size") or DEFAULT_SIZE
     crop = crop_size(size)
     check_crop_size(model.backbone_name, crop)
@@ -158,7 +160,8 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
     with stop.at_once():
         device = choose_device(args.device)
         torch.manual_seed(args.seed)
-        model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights, pooling_of(args))
+        model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights, pooling_of(args),
+                                   args.dim)  # fmt: skip
         source = open_source(args, what)
         check_crop_size(model.backbone_name, crop_size(source.image_size))
         dimension = what["low_dim"] if args.checkpoint_path else model.pooled_dim
@@ -166,7 +169,7 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
             "backbone": what["backbone"], "features": what["features"], "network_sha256": network_hash(model),
             "image_size": source.image_size, "precision": args.precision, "source": source.fingerprint(),
             "images": len(source), "layers": args.layers, "pool": args.pool,
-            "stripes": args.stripes, "flip_eval": args.flip_eval,
+            "stripes": args.stripes, "dim": args.dim, "flip_eval": args.flip_eval,
         }  # fmt: skip
         writer = EmbeddingWriter(Path(args.out), facts, dimension, args.half, args.overwrite)
     if writer.done:

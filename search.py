@@ -143,7 +143,7 @@ def embed_queries(args: argparse.Namespace, queries: list[str], facts: dict) -> 
     checkpoint = None if frozen else args.checkpoint_path or facts["checkpoint"]
     torch.manual_seed(facts["seed"])
     pooling = Pooling.parse(facts.get("layers"), facts.get("pool"), False, facts.get("stripes"))
-    model, _ = load_network(device, checkpoint, facts["backbone"], facts["weights"], pooling)
+    model, _ = load_network(device, checkpoint, facts["backbone"], facts["weights"], pooling, facts.get("dim"))
     if network_hash(model) != facts["network_sha256"]:
         raise UserError(f"{checkpoint or facts['weights']}: is no longer the network that made {args.embeddings}; give "
                         "its --checkpoint_path, or embed the images again")  # fmt: skip

@@ -18,6 +18,7 @@ from utils.arguments import (
     LARGEST_MEMORY,
     LARGEST_SEED,
     Parser,
+    add_dim,
     add_flip,
     add_pooling,
     backbone_name,
@@ -66,6 +67,7 @@ def make_parser() -> Parser:
     g.add_argument(
         "--seed", type=whole(0, LARGEST_SEED), default=0, help="of the k-means behind NMI, and of a random backbone"
     )
+    add_dim(g)
     add_flip(g)
     g = p.add_argument_group("machine")
     g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch")
@@ -117,7 +119,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
     torch.manual_seed(args.seed)
     model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights,
-                               Pooling.parse(args.layers, args.pool, False, args.stripes))  # fmt: skip
+                               Pooling.parse(args.layers, args.pool, False, args.stripes), args.dim)  # fmt: skip
     check_crop_size(model.backbone_name, crop_size(split.image_size))
     batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
     batches = progress(batches, len(split) / (args.test_batch * processes.count), "test features")

@@ -80,8 +80,9 @@ BASELINES |= {  # methods of others
 RECIPES = {
     "paper": {},
     "best": BASELINES["stml"] | {  # chosen on held-out training classes of Cars196 and of a subset of CUB-200-2011
-        "layers": "last2", "pool": "gem", "stripes": "3,1", "head_init": "whiten", "whiten_power": 0.7,
-        "refit_head": True, "train_stages": 1, "batch_size": 48, "n_epoch": 1, "flip_eval": True,
+        "layers": "last2", "pool": "gem", "stripes": "3,1", "head_init": "whiten", "whiten_power": 0.6,
+        "low_dim": 512, "refit_head": True, "train_stages": 1, "teacher_momentum": 1.0, "batch_size": 48, "n_epoch": 1,
+        "flip_eval": True,
     },
 }  # fmt: skip
 LOSSES = ("loss", "metric", "rim", "reconstruction")
@@ -140,9 +141,6 @@ def make_parser() -> Parser:
     g.add_argument("--teacher_momentum", type=real(0, most=1), default=0.999,
                    help="of the moving average of the weights that is the teacher of --metric_loss "
                    "contextual")  # fmt: skip
-    g.add_argument("--teacher_dim", type=whole(0, 65536), default=0, metavar="D",
-                   help="size of an embedding of its own that the teacher has, in the closed form of --head_init, or "
-                   "smaller where the features have fewer directions; 0: the head that the network has")  # fmt: skip
     g.add_argument(
         "--refit_head", action="store_true", help="after every epoch give the head the closed form of --head_init again"
     )
@@ -281,8 +279,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--batch_size {args.batch_size}: is no multiple of --group {args.group}")
     if args.group > 1 and args.positives == "nn":
         parser.error("--positives nn: --group brings neighbours into the batch already; leave one out")
-    if args.teacher_dim and args.head_init == "random":
-        parser.error("--teacher_dim: --head_init random has no closed form to give; use pca or whiten")
     if args.refit_head and args.head_init == "random":
         parser.error("--refit_head: --head_init random has no closed form to give; use pca or whiten")
     if args.metric_loss == "classify" and args.pseudo_labels != "kmeans":
@@ -430,9 +426,6 @@ def fit_head(job: Job) -> None:
         job.pooled = pooled
         if job.teacher:
             job.teacher.become(job.model)
-            if args.teacher_dim:
-                start_head(job.teacher.network, *by_first(job, lambda: closed_form_head(
-                    pooled, args.teacher_dim, args.head_init, args.whiten_power, fill=True)))  # fmt: skip
 
 
 def begin_epoch(job: Job) -> EpochUnderWay:
@@ -601,8 +594,7 @@ def make_losses(
     if args.metric_loss == "contextual":
         from models.teacher import Teacher
 
-        teacher = Teacher(model, args.teacher_momentum, args.teacher_dim)
-        return losses.ContextualStep(model, teacher, args.ml, processes)
+        return losses.ContextualStep(model, Teacher(model, args.teacher_momentum), args.ml, processes)
     if args.metric_loss == "classify":
         return losses.ClassificationStep(model, args.ml, processes)
     if classes is not None:

@@ -92,6 +92,19 @@ class CBSwR(nn.Module):
         self._keep_statistics = True
         self.train(self.training)
 
+    def shorten(self, dim: int) -> None:
+        """Keep the first `dim` numbers of the embedding; the cluster head has nothing to work on then.
+
+        Those of a head in closed form are in the order of their directions: the shorter embedding is the one that the
+        closed form for `dim` would give. Raises UserError where there are fewer.
+        """
+        if not 1 <= dim <= self.low_dim:
+            raise UserError(f"--dim {dim}: the embedding has {self.low_dim} dimensions only")
+        whole = self.feat_ext[0]
+        head = nn.Linear(self.pooled_dim, dim, device=whole.weight.device, dtype=whole.weight.dtype)
+        head.load_state_dict({name: value[:dim] for name, value in whole.state_dict().items()})
+        self.feat_ext, self.low_dim = nn.Sequential(head), dim
+
     def train(self, mode: bool = True) -> CBSwR:
         """As of every module; what `train_last` keeps as it is stays in evaluation mode."""
         super().train(mode)

@@ -62,11 +62,13 @@ def load_network(
     backbone: str | None = None,
     weights: str | None = None,
     pooling: Pooling = PAPER,
+    dim: int | None = None,
 ) -> tuple[CBSwR, dict]:
     """The network to embed images with, channels last on `device`, and what to say of it.
 
     checkpoint: a file, or a run's folder (see `find_checkpoint`), for its embedding; or else a frozen backbone and its
-    weights and pooling (see `build_model`), for its pooled features. Raises UserError where they cannot be had.
+    weights and pooling (see `build_model`), for its pooled features. dim: see `CBSwR.shorten`. Raises UserError where
+    they cannot be had.
     """
     if checkpoint is None:
         model = build_model(backbone, weights=weights, pooling=pooling)
@@ -74,6 +76,9 @@ def load_network(
             "features": "pooled", "backbone": backbone, "weights": weights, "checkpoint": None, "epoch": None,
         }  # fmt: skip
     model, info = load_checkpoint(find_checkpoint(checkpoint), device)
+    if dim is not None:
+        model.shorten(dim)
+        info["low_dim"] = dim
     return model.to(memory_format=torch.channels_last), {
         "features": "embedding", "backbone": info["backbone"], "weights": None, "checkpoint": info["path"],
         "epoch": info["epoch"], "n_cluster": info["n_cluster"], "low_dim": info["low_dim"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from models.cbswr import CBSwR
 from utils.errors import UserError
@@ -21,9 +20,7 @@ def check_directions(low_dim: int, available: int, images: int, channels: int) -
 
 
 @torch.no_grad()
-def closed_form_head(
-    pooled: Tensor, low_dim: int, kind: str, power: float = 0.5, fill: bool = False
-) -> tuple[Tensor, Tensor]:
+def closed_form_head(pooled: Tensor, low_dim: int, kind: str, power: float = 0.5) -> tuple[Tensor, Tensor]:
     """The linear map of pooled features (N, C) to low_dim dimensions that needs no labels: weight (D, C), bias (D,).
 
     "pca": the features minus their mean, along the principal directions. "whiten": the same, each direction divided by
@@ -31,23 +28,19 @@ def closed_form_head(
     that all images share weigh less than their variance has them, noise less than whitening would.
 
     Both float32, computed in float64 from the covariance and scaled so that the rows of the result have a mean square
-    length of 1; the sign of a direction is that of its largest weight. Where the features have fewer than low_dim
-    directions of their own the rest of the result is zero with `fill`; without it UserError is raised.
+    length of 1; the sign of a direction is that of its largest weight. The first d rows are, but for their length, the
+    head for d dimensions. Raises UserError where the features have fewer than low_dim directions of their own.
     """
     x = pooled.double().cpu()
     mean = x.mean(0)
     squares, directions = torch.linalg.eigh((x - mean).T @ (x - mean))  # ascending
     singular = squares.clamp(min=0).sqrt().flip(0)
-    available = int((singular > SMALLEST * singular[0]).sum())
-    if not fill:
-        check_directions(low_dim, available, *x.shape)
-    used = min(low_dim, available)
-    weight = directions.T.flip(0)[:used]  # (D, C)
+    check_directions(low_dim, int((singular > SMALLEST * singular[0]).sum()), *x.shape)
+    weight = directions.T.flip(0)[:low_dim]  # (D, C)
     if kind == "whiten":
-        weight = weight / singular[:used, None] ** power
+        weight = weight / singular[:low_dim, None] ** power
     weight = weight * weight.gather(1, weight.abs().argmax(1, keepdim=True)).sign()
     weight = weight / ((x - mean) @ weight.T).square().sum(1).mean().sqrt()
-    weight = F.pad(weight, (0, 0, 0, low_dim - used))
     return weight.float(), -(weight @ mean).float()
 
 

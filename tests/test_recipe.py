@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import failed
+from scripts import failed, run_in_process
 from synthetic import write_dataset
 from torch import Tensor
 from torch.nn import functional as F
@@ -313,7 +313,7 @@ def test_refit_gives_the_head_its_closed_form(data, tmp_path):
     model, _ = load_checkpoint(done.run / "last.pth")
     training = load_split(data, "tiny", "training")
     pooled, _ = extract_features(model, center_crops(training.images, 100), flip=True)
-    weight, _ = closed_form_head(pooled, 16, "whiten", 0.7)
+    weight, _ = closed_form_head(pooled, 16, "whiten", 0.6)
     assert torch.allclose(model.feat_ext[0].weight, weight, rtol=1e-3, atol=1e-4)
     own = trained(data, tmp_path / "b", **{k: v for k, v in BEST.items() if k != "recipe"}, head_init="whiten")
     assert "step" in own.saved and not own.saved["step"]
@@ -391,3 +391,33 @@ def test_a_wrong_neighbour_in_a_checkpoint_is_refused(data, tmp_path):
     torch.save(done.saved | {"epoch": 0, "metrics": [], "current": epoch}, done.run / "last.pth")
     (done.run / "metrics.jsonl").write_text(json.dumps({}) + "\n")
     failed(execute("--resume", done.run, "--n_epoch=2"), "not a checkpoint that training can continue from")
+
+
+def test_the_first_dimensions_are_the_shorter_closed_form(data, tmp_path):
+    """Through test.py and embed.py; search.py finds a row by its image."""
+    whole = trained(data, tmp_path / "a", **BEST, n_epoch=0)
+    short = trained(data, tmp_path / "b", **BEST | {"low_dim": 6}, n_epoch=0)
+    at = [f"--data_dir={data}", "--dataset=tiny", "--device=cpu", "--flip_eval"]
+    found = {}
+    for name, run, more in (("cut", whole.run, ["--dim=6"]), ("own", short.run, []), ("all", whole.run, [])):
+        scores, rows = tmp_path / f"{name}.json", tmp_path / f"{name}.npy"
+        done = run_in_process("test.py", *at, f"--checkpoint_path={run}", f"--json={scores}",
+                              f"--save_embeddings={rows}", *more)  # fmt: skip
+        assert done.code == 0, done.err
+        found[name] = np.load(rows)
+        assert json.loads(scores.read_text())["dimension"] == found[name].shape[1] == (16 if name == "all" else 6)
+    np.testing.assert_allclose(found["cut"], found["own"], atol=2e-5)
+    cut = found["all"][:, :6]
+    np.testing.assert_allclose(found["cut"], cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=2e-5)
+    rows = tmp_path / "embedded.npy"
+    embedded = run_in_process("embed.py", *at[:-2], "--split=validation", f"--checkpoint_path={whole.run}",
+                              "--device=cpu", "--dim=6", "--flip_eval", f"--out={rows}")  # fmt: skip
+    assert embedded.code == 0, embedded.err
+    np.testing.assert_allclose(np.load(rows), found["cut"], atol=2e-5)
+
+
+def test_dimensions_that_there_are_not(data, tmp_path):
+    done = trained(data, tmp_path, **BEST, n_epoch=0)
+    at = [f"--data_dir={data}", "--dataset=tiny", "--device=cpu"]
+    failed(run_in_process("test.py", *at, f"--checkpoint_path={done.run}", "--dim=17"), "--dim 17", "16 dimensions")
+    failed(run_in_process("test.py", *at, "--backbone=resnet_small", "--weights=none", "--dim=4"), "--dim goes with")

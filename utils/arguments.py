@@ -133,6 +133,14 @@ def refuse_network_options(parser: Parser, args: argparse.Namespace) -> None:
     for option in ("weights", "layers", "pool", "stripes"):
         if args.checkpoint_path and option in args.given:
             parser.error(f"--{option} goes with --backbone; a checkpoint brings its own {option}")
+    if args.dim is not None and not args.checkpoint_path:
+        parser.error("--dim goes with --checkpoint_path; the features of a frozen backbone have no order")
+
+
+def add_dim(group: argparse._ArgumentGroup) -> None:
+    """Add --dim (see `models.cbswr.CBSwR.shorten`)."""
+    group.add_argument("--dim", type=whole(1), metavar="D", help="the first D numbers of a checkpoint's embedding: for "
+                       "heads in closed form, whose numbers stand in order")  # fmt: skip
 
 
 def add_flip(group: argparse._ArgumentGroup) -> None:
