@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402  # its options
-from utils.arguments import folder_name  # noqa: E402
+from utils.arguments import folder_name, whole  # noqa: E402
 from utils.errors import UserError, run_script  # noqa: E402
 from utils.files import written_whole  # noqa: E402
 
@@ -73,6 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     args.name = args.name or f"{args.dataset}_{args.backbone.replace(':', '_')}_ablation"
     if len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: a seed is there twice")
+    unordered = [name for name in args.methods if "--recipe=best" not in (METHODS[name].options or ())]
+    if args.dim and unordered:
+        raise UserError(f"--dim {args.dim}: the numbers of {unordered[0]} have no order; it goes with start and best")
     planned = [(method, seed, plan(args, method, seed, argv[split + 1 :])) for seed in args.seeds
                for method in args.methods]  # fmt: skip
     runs = [made(args, method, seed, command, options) for method, seed, (command, options) in planned]
@@ -89,6 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
     parser.add_argument("--name", type=folder_name, help="of the results and of the folder of the runs (default: "
                         "<dataset>_<backbone>_ablation)")  # fmt: skip
+    parser.add_argument("--dim", type=whole(1), metavar="D", help="score the first D numbers of the embeddings, of "
+                        "methods whose head is in closed form; the results are named NAME_Dd")  # fmt: skip
     parser.add_argument("--checkpoint_dir", default="new_checkpoint", help="<name>/ in it holds the runs")
     parser.add_argument("--out", type=Path, default=ROOT / "misc" / "results")
     return parser
@@ -118,7 +123,8 @@ def plan(
 def made(args: argparse.Namespace, method: str, seed: int, command: list[str], options: argparse.Namespace) -> dict:
     """Train and score a run, but for what is done already; all that is known of it."""
     folder = Path(options.checkpoint_dir) / options.model_name
-    scores = folder / "test.json"
+    scores = folder / (f"test_{args.dim}d.json" if args.dim else "test.json")
+    dim = [f"--dim={args.dim}"] if args.dim else []
     wanted = {key: value for key, value in vars(options).items() if key not in FREE}
     if METHODS[method].options is None:
         network = [f"--backbone={options.backbone}", f"--weights={options.weights}", f"--seed={seed}"]
@@ -132,7 +138,8 @@ def made(args: argparse.Namespace, method: str, seed: int, command: list[str], o
     if (folder / "config.json").exists():
         check_same(folder, wanted, read_json(folder / "config.json"))
         if len(read_lines(folder / "metrics.jsonl")) < max(1, options.n_epoch):
-            scores.unlink(missing_ok=True)
+            for stale in folder.glob("test*.json"):
+                stale.unlink()
             call("train.py", f"--resume={folder}", f"--n_epoch={options.n_epoch}")
     else:
         call("train.py", *command)
@@ -140,7 +147,7 @@ def made(args: argparse.Namespace, method: str, seed: int, command: list[str], o
     if len(epochs) > max(1, options.n_epoch):
         raise UserError(f"{folder}: has {len(epochs)} epochs, more than --n_epoch {options.n_epoch}; choose a --name")
     if not scores.exists():
-        call("test.py", f"--checkpoint_path={folder / 'last.pth'}", *tested_with(options), f"--json={scores}")
+        call("test.py", f"--checkpoint_path={folder / 'last.pth'}", *tested_with(options), *dim, f"--json={scores}")
     config = names_only(read_json(folder / "config.json"))
     return {"method": method, "seed": seed, "config": config, "scores": names_only(read_json(scores)), "epochs": epochs}
 
@@ -268,19 +275,22 @@ def write_results(args: argparse.Namespace, runs: list[dict]) -> None:
     rows = cells_of(runs, args.methods)
     protocols = "; ".join(sorted({run["scores"]["nmi_protocol"].rpartition(", seed ")[0] for run in runs}))
     trained = [run["config"] for run in runs if run["config"]]
+    sizes = ", ".join(sorted({f"{run['scores']['dimension']}-d" for run in runs}))
     epochs = max((config["n_epoch"] for config in trained), default=0)
     spread = "mean ± standard deviation (n - 1) in percent" if len(args.seeds) > 1 else "in percent"
     seeds = f"n = {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))})"
-    about = (f"{args.dataset}, {args.backbone}, {epochs} epochs, the last one scored; {spread}, {seeds}, the best mean "
-             f"in bold. NMI and AMI by {protocols}.")  # fmt: skip
+    flip = ", mirror image averaged" if all(run["scores"]["flip_eval"] for run in runs) else ""
+    about = (f"{args.dataset}, {runs[0]['scores']['image_size']} px, {args.backbone}, {sizes}{flip}, {epochs} epochs, "
+             f"the last one scored; {spread}, {seeds}, the best mean in bold. NMI and AMI by {protocols}.")  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
+    name = f"{args.name}_{args.dim}d" if args.dim else args.name
     content = {"about": about, "runs": runs}
-    write(args.out / f"{args.name}.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
-    write(args.out / f"{args.name}.csv", comma_separated(rows, len(args.seeds)))
-    write(args.out / f"{args.name}.tex", latex(rows, about))
-    write(args.out / f"{args.name}.md", markdown(rows, about))
-    draw(args.out / f"{args.name}.png", rows)
-    print((args.out / f"{args.name}.md").read_text(encoding="utf-8"), end="")
+    write(args.out / f"{name}.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write(args.out / f"{name}.csv", comma_separated(rows, len(args.seeds)))
+    write(args.out / f"{name}.tex", latex(rows, about))
+    draw(args.out / f"{name}.png", rows)
+    write(args.out / f"{name}.md", table := markdown(rows, about))
+    print(table, end="")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
                         "<dataset>_<backbone>_sensitivity_<method>)")  # fmt: skip
     parser.add_argument("--checkpoint_dir", default="new_checkpoint", help="<name>/ in it holds the runs")
     parser.add_argument("--out", type=Path, default=ROOT / "misc" / "results")
+    parser.set_defaults(dim=None)  # of the tables that ablation.py makes
     return parser
 
 

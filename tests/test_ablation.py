@@ -29,7 +29,7 @@ def data(tmp_path_factory) -> Path:
 def table(data, tmp_path, monkeypatch):
     """Runs the command in this process; gives the scripts that it called and the files that it wrote."""
 
-    def run(*methods: str, seeds=(1, 2), more=(), epochs=1) -> SimpleNamespace:
+    def run(*methods: str, seeds=(1, 2), more=(), epochs=1, before=(), name="tab") -> SimpleNamespace:
         called = []
 
         def call(script, *argv):
@@ -40,8 +40,8 @@ def table(data, tmp_path, monkeypatch):
         monkeypatch.setattr(ablation, "call", call)
         ablation.main(["--dataset=tiny", "--backbone=resnet_small", "--name=tab", "--methods", *methods, "--seeds",
                        *map(str, seeds), f"--checkpoint_dir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}",
-                       "--", *TINY, f"--data_dir={data}", f"--n_epoch={epochs}", *more])  # fmt: skip
-        files = {kind: (tmp_path / "out" / f"tab.{kind}").read_text() for kind in ("md", "csv", "tex", "json")}
+                       *before, "--", *TINY, f"--data_dir={data}", f"--n_epoch={epochs}", *more])  # fmt: skip
+        files = {kind: (tmp_path / "out" / f"{name}.{kind}").read_text() for kind in ("md", "csv", "tex", "json")}
         return SimpleNamespace(called=called, **files)
 
     return run
@@ -90,6 +90,15 @@ def test_the_recipe_its_start_and_the_rivals(table):
             assert run["scores"]["recall@1"] == run["epochs"][-1]["recall@1"], method
     assert runs["best"]["config"]["recipe"] == "best" and runs["stml"]["config"]["baseline"] == "stml"
     assert "WITH LABELS: Multi-Similarity" in made.md
+
+
+def test_fewer_dimensions_of_the_same_runs(table, tmp_path):
+    table("start", "best", seeds=[1])
+    made = table("start", "best", seeds=[1], before=["--dim=5"], name="tab_5d")
+    assert [script for script, _ in made.called] == ["test.py"] * 2  # nothing is trained again
+    assert {run["scores"]["dimension"] for run in json.loads(made.json)["runs"]} == {5} and "5-d" in made.md
+    with pytest.raises(UserError, match="--dim 5: the numbers of cbs have no order"):
+        table("best", "cbs", seeds=[1], before=["--dim=5"])
 
 
 def test_an_interrupted_run_is_resumed_and_scored_anew(table, tmp_path):
