@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from utils.arguments import (
     BACKBONE_NAMES,
+    FLIP_HINT,
     LARGEST_SEED,
     Parser,
     add_dim,
@@ -162,6 +163,8 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
         torch.manual_seed(args.seed)
         model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights, pooling_of(args),
                                    args.dim)  # fmt: skip
+        if what.get("flip_eval") and not args.flip_eval:
+            print(FLIP_HINT, flush=True)
         source = open_source(args, what)
         check_crop_size(model.backbone_name, crop_size(source.image_size))
         dimension = what["low_dim"] if args.checkpoint_path else model.pooled_dim

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from utils.arguments import (
     BACKBONE_NAMES,
+    FLIP_HINT,
     LARGEST_MEMORY,
     LARGEST_SEED,
     Parser,
@@ -121,6 +122,8 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights,
                                Pooling.parse(args.layers, args.pool, False, args.stripes), args.dim)  # fmt: skip
     check_crop_size(model.backbone_name, crop_size(split.image_size))
+    if what.get("flip_eval") and not args.flip_eval and processes.first:
+        print(FLIP_HINT, flush=True)
     batches = center_crops(split.images, args.test_batch, args.workers, split.check_unchanged, processes.share)
     batches = progress(batches, len(split) / (args.test_batch * processes.count), "test features")
     pooled, embeddings = extract_features(model, batches, args.precision, processes, args.flip_eval)

@@ -121,10 +121,10 @@ def make_parser() -> Parser:
     g = p.add_argument_group("method")
     g.add_argument("--recipe", type=name_of(tuple(RECIPES)), default="paper",
                    help="paper: the method as published, what the other defaults say; "
-                   f"{described('best', RECIPES)}. What else is given stands above it")  # fmt: skip
+                   f"{described('best', RECIPES['best'])}. What else is given stands above it")  # fmt: skip
     g.add_argument("--baseline", type=name_of(tuple(BASELINES)),
                    help="a row of the paper's ablation table, or a method of others: "
-                   f"{'; '.join(described(name, BASELINES) for name in BASELINES)}. What else is given stands "
+                   f"{'; '.join(described(*one) for one in BASELINES.items())}. What else is given stands "
                    "above it")  # fmt: skip
     g.add_argument("--metric_loss", default="center",
                    type=name_of(METRIC_LOSS_NAMES + OTHER_LOSS_NAMES + SUPERVISED_LOSS_NAMES),
@@ -223,16 +223,25 @@ def make_parser() -> Parser:
     return p
 
 
-def described(name: str, presets: dict[str, dict]) -> str:
+def preset_of(args: argparse.Namespace, option: str) -> dict:
+    """What --recipe or --baseline stands for, with this backbone."""
+    known, name = (RECIPES, args.recipe) if option == "recipe" else (BASELINES, args.baseline)
+    preset = known[name] if name else {}
+    if args.backbone.startswith("timm:"):  # their stages have no names
+        return {key: value for key, value in preset.items() if key not in {"layers", "stripes", "train_stages"}}
+    return preset
+
+
+def described(name: str, preset: dict) -> str:
     """A preset in words: its name and the options that it sets."""
-    options = (f"--{option}" if value is True else f"--{option} {value}" for option, value in presets[name].items())
+    options = (f"--{option}" if value is True else f"--{option} {value}" for option, value in preset.items())
     return f"{name}: {' '.join(options)}"
 
 
-def take_preset(args: argparse.Namespace, option: str, preset: dict, from_file: set[str]) -> None:
+def take_preset(args: argparse.Namespace, option: str, from_file: set[str]) -> None:
     """Set what `option` stands for, but for the options given and, unless it is given itself, those `from_file`."""
     kept = args.given if option in args.given else args.given | from_file
-    for name, value in preset.items():
+    for name, value in preset_of(args, option).items():
         if name not in kept:
             setattr(args, name, value)
 
@@ -268,9 +277,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.baseline and args.recipe != "paper":
         parser.error(f"--recipe {args.recipe} and --baseline {args.baseline} are two methods; leave one out")
     if not args.resume:  # a run to resume has them in its settings
-        take_preset(args, "recipe", RECIPES[args.recipe], from_file)
-        if args.baseline:
-            take_preset(args, "baseline", BASELINES[args.baseline], from_file)
+        for option in ("recipe", "baseline"):
+            take_preset(args, option, from_file)
     if args.compile and "," in (args.layers or ""):
         parser.error("--compile makes the whole backbone one piece, and --layers takes maps from inside; leave one out")
     if args.compile and args.train_stages:
@@ -568,11 +576,12 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     if held_out:
         log.info("%d images of %d classes of the training half held out, to choose the epoch on",
                  len(held_out), args.val_classes)  # fmt: skip
-    presets = (("recipe", args.recipe, RECIPES), ("baseline", args.baseline, BASELINES))
-    for kind, name, known in presets[args.recipe == "paper" :]:
-        if name:
-            changed = {o: getattr(args, o) for o, value in known[name].items() if getattr(args, o) != value}
-            log.info("%s %s%s", kind, described(name, known), f"; but given: {changed}" if changed else "")
+    for option in ("recipe", "baseline"):
+        preset = preset_of(args, option)
+        if preset:
+            changed = {o: getattr(args, o) for o, value in preset.items() if getattr(args, o) != value}
+            words = described(getattr(args, option), preset)
+            log.info("%s %s%s", option, words, f"; but given: {changed}" if changed else "")
     if classes is not None:
         log.info("--metric_loss %s: trains by the REAL labels of the %d training classes",
                  args.metric_loss, int(classes.max()) + 1)  # fmt: skip

@@ -53,6 +53,10 @@ METHODS |= {
     "stml": Method("contextual loss (STML)", ("--baseline=stml",)),
     "start": Method("recipe best, before training", ("--recipe=best", "--n_epoch=0")),
     "best": Method("recipe best", ("--recipe=best",)),
+    "best_center": Method(
+        "recipe best, its loss replaced by the centre-based softmax over k-means clusters",
+        ("--recipe=best", "--metric_loss=center", "--pseudo_labels=kmeans", "--n_cluster=200"),
+    ),
     "proxy_anchor": Method("WITH LABELS: Proxy-Anchor", ("--metric_loss=proxy_anchor", *_LABELS)),
     "multi_similarity": Method("WITH LABELS: Multi-Similarity", ("--metric_loss=multi_similarity", *_LABELS)),
 }

@@ -81,6 +81,7 @@ def load_network(
         info["low_dim"] = dim
     return model.to(memory_format=torch.channels_last), {
         "features": "embedding", "backbone": info["backbone"], "weights": None, "checkpoint": info["path"],
+        "flip_eval": info["config"].get("flip_eval") is True,
         "epoch": info["epoch"], "n_cluster": info["n_cluster"], "low_dim": info["low_dim"],
         "image_size": info["image_size"],
     }  # fmt: skip

@@ -122,8 +122,10 @@ def test_every_command_of_the_pages_runs(workplace):
         added = list(SMALLER.get(script, ["--device", "cpu"] if script in ("test.py", "search.py") else []))
         if "--resume" in argv:
             added = ["--device", "cpu", "--n_epoch", "2"]
-        elif "--n_epoch" in argv:
-            added[added.index("--n_epoch") :] = ["--overwrite", "--low_dim", "8"]
+        elif "--recipe" in argv:
+            added += ["--low_dim", "8"]
+        if "--dim" in argv:
+            added += ["--dim", "4"]
         if script == "embed.py" and "--checkpoint_path" in argv:
             added = ["--device", "cpu"]
         outcome = run_in_process(script, *argv, *added, seconds=120)

@@ -353,6 +353,12 @@ def test_options_of_the_recipe_change_the_training(data, tmp_path, name, value):
     assert not same_weights(one, other) and trained(data, tmp_path / "c", **kept).rows == one.rows
 
 
+def test_a_network_of_timm_takes_what_it_can(capsys):
+    args = script.parse_args(["--recipe=best", "--backbone=timm:resnet18"])
+    assert (args.layers, args.stripes, args.train_stages, args.head_init) == (None, "1", 0, "whiten")
+    assert script.parse_args(["--recipe=best", "--backbone=timm:resnet18", "--train_stages=1"]).train_stages == 1
+
+
 def test_other_options_stand_above_the_recipe(data, tmp_path):
     args = script.parse_args(["--recipe=best", "--n_epoch=0", "--low_dim=512", "--stripes=1"])
     assert (args.n_epoch, args.low_dim, args.stripes, args.head_init) == (0, 512, "1", "whiten")
@@ -405,10 +411,13 @@ def test_the_first_dimensions_are_the_shorter_closed_form(data, tmp_path):
                               f"--save_embeddings={rows}", *more)  # fmt: skip
         assert done.code == 0, done.err
         found[name] = np.load(rows)
+        assert "--flip_eval" not in done.out
         assert json.loads(scores.read_text())["dimension"] == found[name].shape[1] == (16 if name == "all" else 6)
     np.testing.assert_allclose(found["cut"], found["own"], atol=2e-5)
     cut = found["all"][:, :6]
     np.testing.assert_allclose(found["cut"], cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=2e-5)
+    plain = run_in_process("test.py", *at[:-1], f"--checkpoint_path={whole.run}")
+    assert "give it here, too" in plain.out
     rows = tmp_path / "embedded.npy"
     embedded = run_in_process("embed.py", *at[:-2], "--split=validation", f"--checkpoint_path={whole.run}",
                               "--device=cpu", "--dim=6", "--flip_eval", f"--out={rows}")  # fmt: skip

@@ -143,6 +143,9 @@ def add_dim(group: argparse._ArgumentGroup) -> None:
                        "heads in closed form, whose numbers stand in order")  # fmt: skip
 
 
+FLIP_HINT = "the checkpoint was scored with --flip_eval in training: give it here, too, for the same embeddings"
+
+
 def add_flip(group: argparse._ArgumentGroup) -> None:
     """Add --flip_eval."""
     group.add_argument("--flip_eval", action="store_true", help="average the features of image and mirror image: "
