@@ -39,6 +39,7 @@ from utils.arguments import (
     whole,
 )
 from utils.errors import DivergedError, UserError, one_line, run_script
+from utils.presets import BASELINES, RECIPES, described, preset_of, take_preset
 from utils.process import keep_freed_memory, share_cores
 from utils.progress import progress
 from utils.runs import BEST, LAST, REPORT, RunFolder, nmi_remark, recall_titles
@@ -64,27 +65,6 @@ CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "checkpoint_e
 CHANGEABLE |= {"deterministic", "device", "data_on", "workers", "log_dir", "data_dir", "eval_memory_mb", "compile"}
 CHANGEABLE |= {"report", "tensorboard"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ between machines of one job
-_CLUSTERS = {"metric_loss": "center", "ml": 0.9, "rim": 0.3, "recon": 0.001, "pseudo_labels": "rim"}
-_INSTANCES = {"metric_loss": "instance", "ml": 1.0, "rim": 0.0, "recon": 0.0, "pseudo_labels": "rim"}
-BASELINES = {  # the rows of the paper's ablation table
-    "isif": _INSTANCES | {"positives": "self"},
-    "cbs": _CLUSTERS | {"recon": 0.0},
-    "cbswr": _CLUSTERS,
-    "kmeans": _CLUSTERS | {"pseudo_labels": "kmeans"},
-}
-_ALONE = {"ml": 1.0, "rim": 0.0, "recon": 0.0}
-BASELINES |= {  # methods of others
-    "stml": _ALONE | {"metric_loss": "contextual", "positives": "self", "group": 4, "optimizer": "adamw", "lr": 1e-4},
-    "deepcluster": _ALONE | {"metric_loss": "classify", "positives": "self", "pseudo_labels": "kmeans"},
-}
-RECIPES = {
-    "paper": {},
-    "best": BASELINES["stml"] | {  # chosen on held-out training classes of Cars196 and of a subset of CUB-200-2011
-        "layers": "last2", "pool": "gem", "stripes": "3,1", "head_init": "whiten", "whiten_power": 0.6,
-        "low_dim": 512, "refit_head": True, "train_stages": 1, "teacher_momentum": 1.0, "batch_size": 48, "n_epoch": 1,
-        "flip_eval": True,
-    },
-}  # fmt: skip
 LOSSES = ("loss", "metric", "rim", "reconstruction")
 KMEANS_ITERATIONS = 50  # of the pseudo-labels
 log = logging.getLogger("train")
@@ -221,29 +201,6 @@ def make_parser() -> Parser:
                    help="device: the training images lie on the GPU and are cropped there; auto: if half of its free "
                    "memory holds them")  # fmt: skip
     return p
-
-
-def preset_of(args: argparse.Namespace, option: str) -> dict:
-    """What --recipe or --baseline stands for, with this backbone."""
-    known, name = (RECIPES, args.recipe) if option == "recipe" else (BASELINES, args.baseline)
-    preset = known[name] if name else {}
-    if args.backbone.startswith("timm:"):  # their stages have no names
-        return {key: value for key, value in preset.items() if key not in {"layers", "stripes", "train_stages"}}
-    return preset
-
-
-def described(name: str, preset: dict) -> str:
-    """A preset in words: its name and the options that it sets."""
-    options = (f"--{option}" if value is True else f"--{option} {value}" for option, value in preset.items())
-    return f"{name}: {' '.join(options)}"
-
-
-def take_preset(args: argparse.Namespace, option: str, from_file: set[str]) -> None:
-    """Set what `option` stands for, but for the options given and, unless it is given itself, those `from_file`."""
-    kept = args.given if option in args.given else args.given | from_file
-    for name, value in preset_of(args, option).items():
-        if name not in kept:
-            setattr(args, name, value)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
