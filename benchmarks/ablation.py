@@ -280,11 +280,12 @@ def write_results(args: argparse.Namespace, runs: list[dict]) -> None:
     protocols = "; ".join(sorted({run["scores"]["nmi_protocol"].rpartition(", seed ")[0] for run in runs}))
     trained = [run["config"] for run in runs if run["config"]]
     sizes = ", ".join(sorted({f"{run['scores']['dimension']}-d" for run in runs}))
-    epochs = max((config["n_epoch"] for config in trained), default=0)
+    most = max((config["n_epoch"] for config in trained), default=0)
+    epochs = f"{most} epoch{'s' if most != 1 else ''}"
     spread = "mean ± standard deviation (n - 1) in percent" if len(args.seeds) > 1 else "in percent"
     seeds = f"n = {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))})"
     flip = ", mirror image averaged" if all(run["scores"]["flip_eval"] for run in runs) else ""
-    about = (f"{args.dataset}, {runs[0]['scores']['image_size']} px, {args.backbone}, {sizes}{flip}, {epochs} epochs, "
+    about = (f"{args.dataset}, {runs[0]['scores']['image_size']} px, {args.backbone}, {sizes}{flip}, {epochs}, "
              f"the last one scored; {spread}, {seeds}, the best mean in bold. NMI and AMI by {protocols}.")  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{args.name}_{args.dim}d" if args.dim else args.name

@@ -137,6 +137,9 @@ def reconstruct(run: Run, sights: Sights, options: Options) -> None:
     if run.training is None:
         run.missing["reconstructions"] = run.missing["data"]
         return
+    if run.config.get("recon") == 0:
+        run.missing["reconstructions"] = "No reconstructions: the decoder was not trained (--recon 0)."
+        return
     drawn = np.random.default_rng(options.seed).permutation(len(run.training))[:TRAINING_IMAGES]
     sights.training = run.training.images[np.sort(drawn)]
     crops = center_crops(sights.training, options.test_batch, options.workers)

@@ -430,3 +430,10 @@ def test_dimensions_that_there_are_not(data, tmp_path):
     at = [f"--data_dir={data}", "--dataset=tiny", "--device=cpu"]
     failed(run_in_process("test.py", *at, f"--checkpoint_path={done.run}", "--dim=17"), "--dim 17", "16 dimensions")
     failed(run_in_process("test.py", *at, "--backbone=resnet_small", "--weights=none", "--dim=4"), "--dim goes with")
+
+
+def test_the_report_of_a_run_without_decoder_says_so(data, tmp_path):
+    done = trained(data, tmp_path, **BEST)
+    page = run_in_process("report.py", done.run, "--device=cpu", "--map_points=20")
+    assert page.code == 0, page.err
+    assert "the decoder was not trained (--recon 0)" in (done.run / "report.html").read_text(encoding="utf-8")
