@@ -216,7 +216,7 @@ class Cell:
 
 
 def cells_of(runs: list[dict], methods: list[str]) -> dict[str, list[Cell]]:
-    """A row of cells for each method; the best mean of a column is marked, and what is printed alike."""
+    """A row of cells for each method; of several the best mean of a column is marked, and what is printed alike."""
     rows: dict[str, list[Cell]] = {method: [] for method in methods}
     for key in SCORES.values():
         values = {m: [100 * run["scores"][key] for run in runs if run["method"] == m] for m in methods}
@@ -224,7 +224,7 @@ def cells_of(runs: list[dict], methods: list[str]) -> dict[str, list[Cell]]:
         best = f"{max(means.values()):.1f}"
         for m, found in values.items():
             std = statistics.stdev(found) if len(found) > 1 else None
-            rows[m].append(Cell(means[m], std, f"{means[m]:.1f}" == best))
+            rows[m].append(Cell(means[m], std, len(methods) > 1 and f"{means[m]:.1f}" == best))
     return rows
 
 
@@ -284,9 +284,10 @@ def write_results(args: argparse.Namespace, runs: list[dict]) -> None:
     epochs = f"{most} epoch{'s' if most != 1 else ''}"
     spread = "mean ± standard deviation (n - 1) in percent" if len(args.seeds) > 1 else "in percent"
     seeds = f"n = {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))})"
+    bold = ", the best mean in bold" if len(rows) > 1 else ""
     flip = ", mirror image averaged" if all(run["scores"]["flip_eval"] for run in runs) else ""
     about = (f"{args.dataset}, {runs[0]['scores']['image_size']} px, {args.backbone}, {sizes}{flip}, {epochs}, "
-             f"the last one scored; {spread}, {seeds}, the best mean in bold. NMI and AMI by {protocols}.")  # fmt: skip
+             f"the last one scored; {spread}, {seeds}{bold}. NMI and AMI by {protocols}.")  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{args.name}_{args.dim}d" if args.dim else args.name
     content = {"about": about, "runs": runs}
