@@ -171,8 +171,7 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
         facts = {
             "backbone": what["backbone"], "features": what["features"], "network_sha256": network_hash(model),
             "image_size": source.image_size, "precision": args.precision, "source": source.fingerprint(),
-            "images": len(source), "layers": args.layers, "pool": args.pool,
-            "stripes": args.stripes, "dim": args.dim, "flip_eval": args.flip_eval,
+            "images": len(source), **model.pooling.options(), "dim": args.dim, "flip_eval": args.flip_eval,
         }  # fmt: skip
         writer = EmbeddingWriter(Path(args.out), facts, dimension, args.half, args.overwrite)
     if writer.done:

@@ -122,7 +122,10 @@ def make_parser() -> Parser:
                    help="of the moving average of the weights that is the teacher of --metric_loss "
                    "contextual")  # fmt: skip
     g.add_argument(
-        "--refit_head", action="store_true", help="after every epoch give the head the closed form of --head_init again"
+        "--refit_head",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="after every epoch give the head the closed form of --head_init again",
     )
     g.add_argument("--pseudo_labels", type=name_of(("rim", "kmeans")), default="rim",
                    help="rim: argmax of the cluster head, as in the paper; kmeans: k-means over all training features "
@@ -233,9 +236,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             parser.error(f"{args.config}: resume belongs on the command line")
     if args.baseline and args.recipe != "paper":
         parser.error(f"--recipe {args.recipe} and --baseline {args.baseline} are two methods; leave one out")
+    args.by_preset = set()
     if not args.resume:  # a run to resume has them in its settings
         for option in ("recipe", "baseline"):
-            take_preset(args, option, from_file)
+            args.by_preset |= take_preset(args, option, from_file)
+    if args.by_preset:
+        parser.epilogue = f"; --{'recipe' if args.recipe != 'paper' else 'baseline'} sets what is not given"
     if args.compile and "," in (args.layers or ""):
         parser.error("--compile makes the whole backbone one piece, and --layers takes maps from inside; leave one out")
     if args.compile and args.train_stages:
@@ -352,7 +358,9 @@ def train(job: Job) -> None:
     """The epochs: pseudo-labels and positives, steps, evaluation, checkpoint."""
     args, state = job.args, job.state
     if args.head_init != "random" and not state.rows and state.current is None:
+        state.whole = False  # a fault in this is not to leave a network without its head
         fit_head(job)
+        state.whole = True
     if args.n_epoch == 0 and not state.rows:
         with job.stop.at_once():
             scores = evaluate(job) | evaluate_held_out(job)
@@ -362,7 +370,7 @@ def train(job: Job) -> None:
             state.current = begin_epoch(job)
         train_steps(job)
         if args.refit_head:
-            fit_head(job)
+            fit_head(job, " again")
         row = {"epoch": state.epoch + 1, "lr": args.lr, **mean_losses(state.current), **state.current.clustering}
         started = time.perf_counter()
         if row["epoch"] % args.interval == 0 or row["epoch"] == args.n_epoch:
@@ -378,13 +386,13 @@ def train(job: Job) -> None:
     print_summary(state.rows, job.run.path)
 
 
-def fit_head(job: Job) -> None:
+def fit_head(job: Job, again: str = "") -> None:
     """Give the embedding head its closed form, from one feature pass over the training images."""
     from models.closed_form import closed_form_head, start_head
 
     args = job.args
     with job.stop.at_once():
-        log.info("head by %s: a feature pass over %d images", args.head_init, len(job.training))
+        log.info("head by %s%s: a feature pass over %d images", args.head_init, again, len(job.training))
         pooled, _ = features(job, job.training, f"head by {args.head_init}")
         head = by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init, args.whiten_power))
         start_head(job.model, *head)
@@ -472,7 +480,7 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     import torch
 
     from datasets import load_split
-    from models import Pooling, build_model
+    from models import Pooling, build_model, pooled_width
     from models.batch_norm import share_batch_norm
     from models.closed_form import check_directions
     from utils.devices import bf16_is_slow, choose_device, compile_backbone, compute_deterministically
@@ -491,7 +499,11 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     if args.val_classes:
         training, held_out = training.hold_out(args.val_classes)
     check_sizes(args, training, validation, processes.count)
-    config = {key: value for key, value in vars(args).items() if key not in {"given", "resume", "config", "overwrite"}}
+    pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
+    if args.by_preset & {"low_dim"} and not args.resume:
+        args.low_dim = min(args.low_dim, len(training) - 1, pooled_width(args.backbone, pooling))
+    kept_out = {"given", "by_preset", "resume", "config", "overwrite"}
+    config = {key: value for key, value in vars(args).items() if key not in kept_out}
     data = {name: half.fingerprint() for name, half in zip(("training", "validation"), halves, strict=True)}
     processes.check_same({f"--{name}": config[name] for name in sorted(config.keys() - MACHINE)} | data)
     stale, saved = [], None
@@ -505,8 +517,8 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
 
     resident = to_device(training.images, device, args.data_on)
     torch.manual_seed(args.seed)
-    model = build_model(args.backbone, args.n_cluster, args.low_dim, "none" if saved else args.weights,
-                        Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes))  # fmt: skip
+    weights = "none" if saved else args.weights
+    model = build_model(args.backbone, args.n_cluster, args.low_dim, weights, pooling)
     if args.head_init != "random":
         check_directions(args.low_dim, min(len(training) - 1, model.pooled_dim), len(training), model.pooled_dim)
     model = model.to(device, memory_format=torch.channels_last)
@@ -536,9 +548,10 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     for option in ("recipe", "baseline"):
         preset = preset_of(args, option)
         if preset:
-            changed = {o: getattr(args, o) for o, value in preset.items() if getattr(args, o) != value}
-            words = described(getattr(args, option), preset)
-            log.info("%s %s%s", option, words, f"; but given: {changed}" if changed else "")
+            used = {name: getattr(args, name) for name in preset}
+            changed = [f"--{name}" for name in preset if used[name] != preset[name]]
+            words = described(getattr(args, option), used)
+            log.info("%s %s%s", option, words, f"; not as it has it: {', '.join(changed)}" if changed else "")
     if classes is not None:
         log.info("--metric_loss %s: trains by the REAL labels of the %d training classes",
                  args.metric_loss, int(classes.max()) + 1)  # fmt: skip

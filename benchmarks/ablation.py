@@ -65,7 +65,8 @@ SCORES = {
     "AMI": "ami",
 }  # fmt: skip
 TESTED_WITH = ("dataset", "data_dir", "image_size", "test_batch", "eval_memory_mb", "workers", "device", "precision")
-FREE = train.CHANGEABLE - {"lr"} | {"n_epoch", "checkpoint_dir", "overwrite", "config", "given"}  # of a run found there
+ABOUT = {"given", "by_preset"}  # what a namespace says of its options
+FREE = train.CHANGEABLE - {"lr"} | ABOUT | {"n_epoch", "checkpoint_dir", "overwrite", "config"}  # of a run found there
 FILES = ("weights", "checkpoint", "checkpoint_dir", "data_dir", "log_dir")
 
 
@@ -130,13 +131,16 @@ def made(args: argparse.Namespace, method: str, seed: int, command: list[str], o
     scores = folder / (f"test_{args.dim}d.json" if args.dim else "test.json")
     dim = [f"--dim={args.dim}"] if args.dim else []
     wanted = {key: value for key, value in vars(options).items() if key not in FREE}
+    if "low_dim" in options.by_preset:
+        del wanted["low_dim"]  # train.py gives fewer where the features have fewer
     if METHODS[method].options is None:
         network = [f"--backbone={options.backbone}", f"--weights={options.weights}", f"--seed={seed}"]
         if scores.exists():
             check_same(folder, wanted, read_json(folder / "config.json"))
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write(folder / "config.json", json.dumps(vars(options) | {"given": None}, indent=2) + "\n")
+            kept = {key: value for key, value in vars(options).items() if key not in ABOUT}
+            write(folder / "config.json", json.dumps(kept, indent=2) + "\n")
             call("test.py", *network, *tested_with(options), f"--json={scores}")
         return {"method": method, "seed": seed, "config": {}, "scores": names_only(read_json(scores)), "epochs": []}
     if (folder / "config.json").exists():

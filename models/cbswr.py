@@ -31,7 +31,7 @@ class CBSwR(nn.Module):
         self.low_dim = low_dim
         self.pooling = pooling
         self.channels = spec.channels
-        self.pooled_dim = pooling.width([spec.stages[name][1] for name in pooling.layers] or [spec.channels])
+        self.pooled_dim = pooled_width(backbone, pooling)
         self._stages = [child for child, _ in spec.stages.values()]
         self._tapped = [spec.stages[name][0] for name in pooling.layers]
         self._frozen: list[str] = []  # children of the backbone that are not trained
@@ -162,6 +162,13 @@ class CBSwR(nn.Module):
             pooled = (pooled + self.pool(*self.maps(x.flip(3)))) / 2
         unit = F.normalize(pooled, dim=1)
         return unit, self.embed(unit if self.pooling.unit else pooled)
+
+
+def pooled_width(backbone: str, pooling: Pooling) -> int:
+    """Length of the pooled feature."""
+    spec = backbone_spec(backbone)
+    layers = pooling.resolved(spec.stages, backbone).layers
+    return pooling.width([spec.stages[name][1] for name in layers] or [spec.channels])
 
 
 def build_model(

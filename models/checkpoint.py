@@ -77,6 +77,9 @@ def load_network(
         }  # fmt: skip
     model, info = load_checkpoint(find_checkpoint(checkpoint), device)
     if dim is not None:
+        if info["config"].get("head_init", "random") == "random":
+            raise UserError(f"--dim {dim}: the numbers of this embedding have no order, its head is not in closed form "
+                            "(train.py --head_init); leave it out")  # fmt: skip
         model.shorten(dim)
         info["low_dim"] = dim
     return model.to(memory_format=torch.channels_last), {

@@ -14,9 +14,9 @@ SMALLEST = 1e-5  # of the largest singular value; directions below it are noise
 def check_directions(low_dim: int, available: int, images: int, channels: int) -> None:
     """Raise UserError where low_dim is more than the `available` directions of pooled features (images, channels)."""
     if low_dim > available:
+        more = ", or pool more layers" if available == channels else ""
         raise UserError(f"--low_dim {low_dim}: the pooled features of {images} images have {available} directions of "
-                        f"{channels} only; give at most {available}, pool more layers, or use --head_init "
-                        "random")  # fmt: skip
+                        f"{channels} only; give at most {available}{more}")  # fmt: skip
 
 
 @torch.no_grad()

@@ -64,6 +64,11 @@ class Pooling:
         numbers = tuple(map(int, counts))
         return cls(names, kinds, unit or count > 1 or max(numbers) > 1, numbers)
 
+    def options(self) -> dict[str, str | None]:
+        """As `parse` takes it: layers, pool and stripes."""
+        return {"layers": ",".join(self.layers) or None, "pool": ",".join(self.kinds),
+                "stripes": ",".join(map(str, self.stripes))}  # fmt: skip
+
     def resolved(self, stages: dict[str, tuple[str, int]], backbone: str) -> Pooling:
         """The same with the names of the layers that "last2", "last3", ... stand for.
 

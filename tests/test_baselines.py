@@ -120,7 +120,7 @@ def test_cbswr_is_the_default_and_each_other_one_differs():
         name: {key for key, value in parsed(f"--baseline={name}").items() if value != plain[key]}
         for name in script.BASELINES
     }
-    more = {"baseline", "given"}
+    more = {"baseline", "given", "by_preset"}
     assert differing == {
         "isif": {"metric_loss", "ml", "rim", "recon", "positives"} | more,
         "cbs": {"recon"} | more,
@@ -149,7 +149,7 @@ def test_the_run_keeps_what_the_preset_set_and_says_what_differs(data, tmp_path,
         "metric_loss": "instance", "ml": 1.0, "rim": 0.0, "recon": 0.0,
     }  # fmt: skip
     assert "baseline isif: --metric_loss instance" in (text := capsys.readouterr().out)
-    assert "but given: {'positives': 'nn'}" in text
+    assert "--positives nn; not as it has it: --positives\n" in text
     same = trained(data, tmp_path / "b", metric_loss="instance", ml=1, rim=0, recon=0, positives="nn")
     assert same_weights(done, same)
     assert done.rows[0]["loss"] == pytest.approx(done.rows[0]["metric_loss"])

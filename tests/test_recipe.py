@@ -368,6 +368,7 @@ def test_other_options_stand_above_the_recipe(data, tmp_path):
 
 
 @pytest.mark.parametrize("given, words", [
+    (["--recipe=best", "--group=3"], "--recipe sets what is not given"),
     (["--recipe=best", "--baseline=stml"], "are two methods"), (["--group=3"], "no multiple of --group 3"),
     (["--group=4", "--positives=nn"], "--positives nn"), (["--refit_head"], "--refit_head"),
     (["--metric_loss=classify"], "needs --pseudo_labels kmeans"),
@@ -423,6 +424,8 @@ def test_the_first_dimensions_are_the_shorter_closed_form(data, tmp_path):
                               "--device=cpu", "--dim=6", "--flip_eval", f"--out={rows}")  # fmt: skip
     assert embedded.code == 0, embedded.err
     np.testing.assert_allclose(np.load(rows), found["cut"], atol=2e-5)
+    facts = json.loads(rows.with_suffix(".json").read_text())
+    assert [facts[name] for name in ("layers", "pool", "stripes", "dim")] == ["layer2,layer3", "gem", "3,1", 6]
 
 
 def test_dimensions_that_there_are_not(data, tmp_path):
@@ -430,6 +433,30 @@ def test_dimensions_that_there_are_not(data, tmp_path):
     at = [f"--data_dir={data}", "--dataset=tiny", "--device=cpu"]
     failed(run_in_process("test.py", *at, f"--checkpoint_path={done.run}", "--dim=17"), "--dim 17", "16 dimensions")
     failed(run_in_process("test.py", *at, "--backbone=resnet_small", "--weights=none", "--dim=4"), "--dim goes with")
+    by_chance = trained(data, tmp_path / "random")
+    failed(run_in_process("test.py", *at, f"--checkpoint_path={by_chance.run}", "--dim=4"), "have no order")
+
+
+def test_a_small_set_gets_the_dimensions_that_it_has(data, tmp_path):
+    small = [word for word in options(data, tmp_path, **BEST) if not word.startswith("--low_dim")]
+    assert script.main(small) == 0
+    done = outcome(tmp_path / "run")
+    assert done.saved["config"]["low_dim"] == 23 == len(done.saved["model"]["feat_ext.0.weight"])  # of 24 images
+    assert script.main(["--resume", str(done.run), "--n_epoch=2"]) == 0
+    failed(execute(*options(data, tmp_path / "b", **BEST | {"low_dim": 24})), "23 directions", "give at most 23")
+
+
+def test_flags_of_the_recipe_can_be_taken_back():
+    args = script.parse_args(["--recipe=best", "--no-refit_head", "--no-flip_eval"])
+    assert (args.refit_head, args.flip_eval, args.group) == (False, False, 4)
+
+
+def test_a_start_that_fails_leaves_no_network(tmp_path):
+    folder = write_dataset(tmp_path / "data")
+    images = folder / "tiny" / "training_tiny_32resized_img.npy"
+    np.save(images, np.repeat(np.load(images)[:3], 8, 0))  # three images, eight times each
+    failed(execute(*options(folder, tmp_path, **BEST)), "2 directions")
+    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 def test_the_report_of_a_run_without_decoder_says_so(data, tmp_path):

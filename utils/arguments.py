@@ -148,8 +148,9 @@ FLIP_HINT = "the checkpoint was scored with --flip_eval in training: give it her
 
 def add_flip(group: argparse._ArgumentGroup) -> None:
     """Add --flip_eval."""
-    group.add_argument("--flip_eval", action="store_true", help="average the features of image and mirror image: "
-                       "better, and twice the work; say so beside the scores")  # fmt: skip
+    group.add_argument("--flip_eval", action=argparse.BooleanOptionalAction, default=False, help="average the features "
+                       "of image and mirror image: better, and twice the work; say so beside the "
+                       "scores")  # fmt: skip
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -169,6 +170,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self.removed = removed or {}
         self._source = ""  # the file whose options are being read; errors name it
+        self.epilogue = ""  # what every error ends with
 
     def parse(self, argv: list[str], base: dict | None = None, source: str = "") -> argparse.Namespace:
         """Parse `argv`; `base` (option -> value, from the file `source`) stands below it and above the defaults.
@@ -203,7 +205,7 @@ class Parser(argparse.ArgumentParser):
         """One line and exit status 2; argparse's usage text would bury it. One line on a machine of many processes."""
         source = f"{self._source}: " if self._source and self._source not in message else ""
         here = place()
-        line = f"{self.prog}: error: {one_line(f'{source}{message}')} (see {self.prog} --help)\n"
+        line = f"{self.prog}: error: {one_line(f'{source}{message}')}{self.epilogue} (see {self.prog} --help)\n"
         self.exit(2, line if here is None or here.local_rank == 0 else None)
 
     def _options(self) -> dict[str, argparse.Action]:
@@ -224,7 +226,7 @@ class Parser(argparse.ArgumentParser):
         return {known[n].dest for n in (word.partition("=")[0] for word in argv) if n in known}
 
     def _as_argv(self, values: dict, source: str) -> list[str]:
-        known = {action.dest: (s, action) for s, action in self._options().items()}
+        known = {action.dest: (s, action) for s, action in reversed(self._options().items())}  # not --no-...
         known = {dest: option for dest, option in known.items() if dest not in {"help", "config"}}
         argv = []
         for key, value in values.items():

@@ -38,13 +38,17 @@ def preset_of(args: Namespace, option: str) -> dict:
 
 def described(name: str, preset: dict) -> str:
     """A preset in words: its name and the options that it sets."""
-    options = (f"--{option}" if value is True else f"--{option} {value}" for option, value in preset.items())
+    flags = {True: "--{}", False: "--no-{}"}
+    options = (flags[v].format(o) if isinstance(v, bool) else f"--{o} {v}" for o, v in preset.items())
     return f"{name}: {' '.join(options)}"
 
 
-def take_preset(args: Namespace, option: str, from_file: set[str]) -> None:
-    """Set what `option` stands for, but for the options given and, unless it is given itself, those `from_file`."""
+def take_preset(args: Namespace, option: str, from_file: set[str]) -> set[str]:
+    """Set what `option` stands for, but for the options given and, unless it is given itself, those `from_file`.
+
+    Returns the names of those that it set.
+    """
     kept = args.given if option in args.given else args.given | from_file
-    for name, value in preset_of(args, option).items():
-        if name not in kept:
-            setattr(args, name, value)
+    taken = {name: value for name, value in preset_of(args, option).items() if name not in kept}
+    vars(args).update(taken)
+    return set(taken)
