@@ -287,7 +287,7 @@ def write_results(args: argparse.Namespace, runs: list[dict]) -> None:
     most = max((config["n_epoch"] for config in trained), default=0)
     epochs = f"{most} epoch{'s' if most != 1 else ''}"
     spread = "mean ± standard deviation (n - 1) in percent" if len(args.seeds) > 1 else "in percent"
-    seeds = f"n = {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))})"
+    seeds = f"n = {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)} ({', '.join(map(str, args.seeds))})"
     bold = ", the best mean in bold" if len(rows) > 1 else ""
     flip = ", mirror image averaged" if all(run["scores"]["flip_eval"] for run in runs) else ""
     about = (f"{args.dataset}, {runs[0]['scores']['image_size']} px, {args.backbone}, {sizes}{flip}, {epochs}, "
