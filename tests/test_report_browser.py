@@ -125,11 +125,11 @@ def test_nothing_is_wider_than_the_screen(show, name, width):
 
 def test_colours_follow_the_system(show):
     page = show("run", color_scheme="dark")
-    ticks = """() => [...Bokeh.documents[0].all_models].find(m => m.type === "LinearAxis").major_label_text_color"""
+    ticks = """[...Bokeh.documents[0].all_models].find(m => m.type === "LinearAxis").major_label_text_color"""
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor"), page.evaluate(ticks)
     page.emulate_media(color_scheme="light")
-    light = page.evaluate("getComputedStyle(document.body).backgroundColor"), page.evaluate(ticks)
-    assert dark[0] != light[0] and dark[1] != light[1]
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark[0]
+    page.wait_for_function(f"dark => ({ticks}) !== dark", arg=dark[1])  # charts are told with the next frame drawn
 
 
 def test_names_and_settings_run_nothing(show):
