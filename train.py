@@ -127,6 +127,8 @@ def make_parser() -> Parser:
         default=False,
         help="after every epoch give the head the closed form of --head_init again",
     )
+    g.add_argument("--refit_power", type=real(0), metavar="P", help="the --whiten_power of --refit_head (default: the "
+                   "same as at the start)")  # fmt: skip
     g.add_argument("--pseudo_labels", type=name_of(("rim", "kmeans")), default="rim",
                    help="rim: argmax of the cluster head, as in the paper; kmeans: k-means over all training features "
                    "at the start of each epoch")  # fmt: skip
@@ -252,6 +254,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--positives nn: --group brings neighbours into the batch already; leave one out")
     if args.refit_head and args.head_init == "random":
         parser.error("--refit_head: --head_init random has no closed form to give; use pca or whiten")
+    if "refit_power" in args.given and not (args.refit_head and args.head_init == "whiten"):
+        parser.error(f"--refit_power {args.refit_power:g}: goes with --refit_head and --head_init whiten")
     if args.metric_loss == "classify" and args.pseudo_labels != "kmeans":
         parser.error("--metric_loss classify: needs --pseudo_labels kmeans")
     if args.metric_loss not in METRIC_LOSS_NAMES and (args.rim or args.recon):
@@ -391,10 +395,11 @@ def fit_head(job: Job, again: str = "") -> None:
     from models.closed_form import closed_form_head, start_head
 
     args = job.args
+    power = args.refit_power if again and args.refit_power is not None else args.whiten_power
     with job.stop.at_once():
         log.info("head by %s%s: a feature pass over %d images", args.head_init, again, len(job.training))
         pooled, _ = features(job, job.training, f"head by {args.head_init}")
-        head = by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init, args.whiten_power))
+        head = by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init, power))
         start_head(job.model, *head)
         job.pooled = pooled
         if job.teacher:

@@ -59,6 +59,10 @@ METHODS |= {
     ),
     "proxy_anchor": Method("WITH LABELS: Proxy-Anchor", ("--metric_loss=proxy_anchor", *_LABELS)),
     "multi_similarity": Method("WITH LABELS: Multi-Similarity", ("--metric_loss=multi_similarity", *_LABELS)),
+    "best_labels": Method(
+        "WITH LABELS: recipe best, its loss replaced by Multi-Similarity",
+        ("--recipe=best", "--metric_loss=multi_similarity"),
+    ),
 }
 SCORES = {
     "R@1": "recall@1", "R@2": "recall@2", "R@4": "recall@4", "R@8": "recall@8", "MAP@R": "map@r", "NMI": "nmi",

@@ -81,7 +81,8 @@ def test_the_table_is_that_of_its_runs_and_is_not_made_twice(table, data, tmp_pa
 
 
 def test_the_recipe_its_start_and_the_rivals(table):
-    made = table("frozen", "start", "best", "stml", "deepcluster", "multi_similarity", seeds=[1], more=["--flip_eval"])
+    others = ("stml", "deepcluster", "multi_similarity", "best_labels")
+    made = table("frozen", "start", "best", *others, seeds=[1], more=["--flip_eval"])
     runs = {run["method"]: run for run in json.loads(made.json)["runs"]}
     assert all(run["scores"]["flip_eval"] for run in runs.values())  # given for all alike
     assert len(runs["best"]["epochs"]) == 1 and runs["start"]["epochs"][0]["epoch"] == 0
@@ -90,6 +91,8 @@ def test_the_recipe_its_start_and_the_rivals(table):
             assert run["scores"]["recall@1"] == run["epochs"][-1]["recall@1"], method
     assert runs["best"]["config"]["recipe"] == "best" and runs["stml"]["config"]["baseline"] == "stml"
     assert "WITH LABELS: Multi-Similarity" in made.md
+    with_labels = runs["best_labels"]["config"]
+    assert (with_labels["recipe"], with_labels["metric_loss"]) == ("best", "multi_similarity")
 
 
 def test_fewer_dimensions_of_the_same_runs(table, tmp_path):

@@ -313,7 +313,7 @@ def test_refit_gives_the_head_its_closed_form(data, tmp_path):
     model, _ = load_checkpoint(done.run / "last.pth")
     training = load_split(data, "tiny", "training")
     pooled, _ = extract_features(model, center_crops(training.images, 100), flip=True)
-    weight, _ = closed_form_head(pooled, 16, "whiten", 0.6)
+    weight, _ = closed_form_head(pooled, 16, "whiten", 0.7)  # the start had 0.6
     assert torch.allclose(model.feat_ext[0].weight, weight, rtol=1e-3, atol=1e-4)
     own = trained(data, tmp_path / "b", **{k: v for k, v in BEST.items() if k != "recipe"}, head_init="whiten")
     assert "step" in own.saved and not own.saved["step"]
@@ -344,7 +344,9 @@ def test_supervised_runs_say_that_they_use_labels(data, tmp_path, capsys, loss):
     assert rates == ([2e-3, 0.2] if loss == "proxy_anchor" else [2e-3])
 
 
-@pytest.mark.parametrize("name, value", [("whiten_power", 0.2), ("teacher_momentum", 0.1), ("stripes", "2,1")])
+@pytest.mark.parametrize(
+    "name, value", [("whiten_power", 0.2), ("refit_power", 0.2), ("teacher_momentum", 0.1), ("stripes", "2,1")]
+)
 def test_options_of_the_recipe_change_the_training(data, tmp_path, name, value):
     settings = BEST | {"batch_size": 4, "lr": 1e-3, "n_epoch": 2}
     one, other = trained(data, tmp_path / "a", **settings), trained(data, tmp_path / "b", **settings, **{name: value})
@@ -376,6 +378,8 @@ def test_other_options_stand_above_the_recipe(data, tmp_path):
     (["--baseline=stml", "--teacher_momentum=1.5"], "--teacher_momentum"), (["--recipe=bets"], "did you mean best?"),
     (["--recipe=best", "--layers=last9", "--stripes=1", "--batch_size=8"], "last9"),
     (["--recipe=best", "--train_stages=9", "--batch_size=8"], "--train_stages 9"),
+    (["--head_init=whiten", "--refit_power=0.5"], "--refit_power 0.5: goes with --refit_head"),
+    (["--recipe=best", "--head_init=pca", "--refit_power=0.5", "--batch_size=8"], "and --head_init whiten"),
 ])  # fmt: skip
 def test_refused(data, tmp_path, given, words):
     settings = {} if any(word.startswith("--batch_size") for word in given) else {"batch_size": 16}

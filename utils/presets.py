@@ -21,8 +21,8 @@ RECIPES = {
     "paper": {},
     "best": BASELINES["stml"] | {  # chosen on held-out training classes of Cars196 and of a subset of CUB-200-2011
         "layers": "last2", "pool": "gem", "stripes": "3,1", "head_init": "whiten", "whiten_power": 0.6,
-        "low_dim": 512, "refit_head": True, "train_stages": 1, "teacher_momentum": 1.0, "batch_size": 48, "n_epoch": 1,
-        "flip_eval": True,
+        "low_dim": 512, "refit_head": True, "refit_power": 0.7, "train_stages": 1, "teacher_momentum": 1.0,
+        "batch_size": 48, "n_epoch": 1, "flip_eval": True,
     },
 }  # fmt: skip
 
