@@ -121,6 +121,10 @@ def make_parser() -> Parser:
     g.add_argument("--teacher_momentum", type=real(0, most=1), default=0.999,
                    help="of the moving average of the weights that is the teacher of --metric_loss "
                    "contextual")  # fmt: skip
+    g.add_argument("--distill_dim", type=whole(0, 65536), default=0, metavar="D",
+                   help="size of a second, larger embedding that --metric_loss contextual trains with: the teacher is "
+                   "asked for that one, and the embedding learns from it, too (self-distillation, Kim et al. 2022); "
+                   "0: none")  # fmt: skip
     g.add_argument(
         "--refit_head",
         action=argparse.BooleanOptionalAction,
@@ -256,6 +260,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--refit_head: --head_init random has no closed form to give; use pca or whiten")
     if "refit_power" in args.given and not (args.refit_head and args.head_init == "whiten"):
         parser.error(f"--refit_power {args.refit_power:g}: goes with --refit_head and --head_init whiten")
+    if args.distill_dim and args.metric_loss != "contextual":
+        parser.error(f"--distill_dim {args.distill_dim}: goes with --metric_loss contextual; leave it out")
     if args.metric_loss == "classify" and args.pseudo_labels != "kmeans":
         parser.error("--metric_loss classify: needs --pseudo_labels kmeans")
     if args.metric_loss not in METRIC_LOSS_NAMES and (args.rim or args.recon):
@@ -476,7 +482,7 @@ def train_step(job: Job, views: Tensor, images: Tensor) -> Tensor:
     losses["loss"].backward()
     job.optimizer.step()
     if job.teacher:
-        job.teacher.follow(job.model)
+        job.teacher.follow(job.model, job.losses.large)
     return torch.stack([losses[name].detach().double() for name in LOSSES])
 
 
@@ -578,7 +584,8 @@ def make_losses(
     if args.metric_loss == "contextual":
         from models.teacher import Teacher
 
-        return losses.ContextualStep(model, Teacher(model, args.teacher_momentum), args.ml, processes)
+        large = losses.large_embedding(model.pooled_dim, args.distill_dim) if args.distill_dim else None
+        return losses.ContextualStep(model, Teacher(model, args.teacher_momentum, large), args.ml, processes, large)
     if args.metric_loss == "classify":
         return losses.ClassificationStep(model, args.ml, processes)
     if classes is not None:
@@ -592,13 +599,11 @@ def make_optimizer(args: argparse.Namespace, losses: torch.nn.Module) -> torch.o
     """SGD or AdamW of the network's weights and, at their own rate, of those that the losses have beside it."""
     import torch
 
-    from losses import PROXY_RATE
-
     groups: list[dict] = [{"params": [weight for weight in losses.model.parameters() if weight.requires_grad]}]
     network = {id(weight) for weight in losses.model.parameters()}
-    proxies = [weight for weight in losses.parameters() if weight.requires_grad and id(weight) not in network]
-    if proxies:
-        groups.append({"params": proxies, "lr": args.lr * PROXY_RATE, "scale": PROXY_RATE})
+    own = [weight for weight in losses.parameters() if weight.requires_grad and id(weight) not in network]
+    if own:
+        groups.append({"params": own, "lr": args.lr * losses.own_rate, "scale": losses.own_rate})
     make = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.SGD
     return make(groups, lr=args.lr)
 

@@ -53,6 +53,7 @@ METHODS |= {
     "stml": Method("contextual loss (STML)", ("--baseline=stml",)),
     "start": Method("recipe best, before training", ("--recipe=best", "--n_epoch=0")),
     "best": Method("recipe best", ("--recipe=best",)),
+    "best_own": Method("recipe best, its own one epoch", ("--recipe=best", "--n_epoch=1")),
     "best_center": Method(
         "recipe best, its loss replaced by the centre-based softmax over k-means clusters",
         ("--recipe=best", "--metric_loss=center", "--pseudo_labels=kmeans", "--n_cluster=200"),

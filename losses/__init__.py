@@ -2,15 +2,20 @@
 
 from losses.cbswr import METRIC_LOSSES, TrainingStep, cbswr_losses, total_loss
 from losses.center_softmax import center_softmax_loss
-from losses.classification import PROXY_RATE, ClassificationStep, SupervisedStep
-from losses.contextual import ContextualStep, contextual_similarity, relaxed_contrastive_loss
+from losses.classification import ClassificationStep, SupervisedStep
+from losses.contextual import (
+    ContextualStep,
+    contextual_similarity,
+    large_embedding,
+    relaxed_contrastive_loss,
+    self_distillation_loss,
+)
 from losses.instance_softmax import instance_softmax_loss
 from losses.reconstruction import cluster_means, reconstruction_loss
 from losses.rim import rim_loss
 
 __all__ = [
     "METRIC_LOSSES",
-    "PROXY_RATE",
     "ClassificationStep",
     "ContextualStep",
     "SupervisedStep",
@@ -20,8 +25,10 @@ __all__ = [
     "cluster_means",
     "contextual_similarity",
     "instance_softmax_loss",
+    "large_embedding",
     "reconstruction_loss",
     "relaxed_contrastive_loss",
     "rim_loss",
+    "self_distillation_loss",
     "total_loss",
 ]

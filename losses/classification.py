@@ -38,6 +38,8 @@ class ClassificationStep(nn.Module):
 class SupervisedStep(nn.Module):
     """A metric loss of pytorch-metric-learning by the real labels: Proxy-Anchor, or Multi-Similarity with its miner."""
 
+    own_rate = PROXY_RATE
+
     def __init__(self, model: Any, name: str, classes: int, weight: float = 1.0, processes: Processes = ALONE) -> None:
         """name: proxy_anchor or multi_similarity. Raises UserError where the package is not installed."""
         super().__init__()

@@ -1,4 +1,4 @@
-"""Contextual similarity of a teacher and the relaxed contrastive loss that follows it.
+"""Contextual similarity of a teacher, the relaxed contrastive loss that follows it, and self-distillation.
 
 Source: Kim et al., "Self-taught metric learning without labels" (STML), CVPR 2022.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from losses.alone import metric_alone
 from models.teacher import Teacher
@@ -53,31 +54,76 @@ def relaxed_contrastive_loss(embeddings: Tensor, similarity: Tensor, margin: flo
             f"{tuple(similarity.shape)}"
         )
     with torch.autocast(embeddings.device.type, enabled=False):
-        x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-        distance = distance / distance.mean(1, keepdim=True).clamp(min=1e-12)
+        distance = _relative_distances(embeddings)
         loss = similarity * distance.square() + (1 - similarity) * (margin - distance).clamp(min=0).square()
         return (loss - torch.diag(torch.diag(loss))).sum() / (rows * (rows - 1))
+
+
+def self_distillation_loss(small: Tensor, large: Tensor) -> Tensor:
+    """Have the small embedding rank the rows of a batch as the large one does.
+
+    small: (B, D), large: (B, E), which gets no gradient. Of the softmax over j of -d_ij, with d_ij the distances of
+    `relaxed_contrastive_loss`, i among the j: the Kullback-Leibler divergence of the small embedding's from the large
+    one's, the mean over the rows i; a scalar, float32 (float64 for float64 input). Raises ValueError for embeddings of
+    different numbers of rows.
+    """
+    if small.dim() != 2 or large.dim() != 2 or len(small) != len(large):
+        raise ValueError(f"small and large must be (B, D) and (B, E), got {tuple(small.shape)} and "
+                         f"{tuple(large.shape)}")  # fmt: skip
+    with torch.autocast(small.device.type, enabled=False):
+        given = F.log_softmax(-_relative_distances(large.detach()), dim=1)
+        return F.kl_div(F.log_softmax(-_relative_distances(small), dim=1), given, reduction="batchmean",
+                        log_target=True)  # fmt: skip
+
+
+def _relative_distances(embeddings: Tensor) -> Tensor:
+    """Distances (B, B) of rows, divided by the mean of those of row i to all rows."""
+    x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    return distance / distance.mean(1, keepdim=True).clamp(min=1e-12)
 
 
 class ContextualStep(nn.Module):
     """The loss of a batch by the contextual similarity that a teacher sees in it.
 
+    With a teacher that has a large embedding this is STML as published: the similarity is that of the teacher's large
+    embedding at unit length, the network's embedding and a large one of its own follow it, neither at unit length, by
+    half each, and the former learns from the latter (`self_distillation_loss`).
+
     What comes before the trained stages is computed once, for both.
     """
 
-    def __init__(self, model: Any, teacher: Teacher, weight: float = 1.0, processes: Processes = ALONE) -> None:
+    own_rate = 1  # of the large embedding, by that of the network
+
+    def __init__(
+        self, model: Any, teacher: Teacher, weight: float = 1.0, processes: Processes = ALONE,
+        large: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.teacher, self.weight, self.processes = model, teacher, weight, processes
+        self.large = large
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Two views of images (2m, 3, H, W) -> "loss", with a gradient, "metric", and zeros for the other losses."""
         begun = self.model.begin_maps(inputs)
         with torch.no_grad():
-            target = contextual_similarity(self._embed(self.teacher.network, begun))
-        metric = relaxed_contrastive_loss(self._embed(self.model, begun), target)
-        return metric_alone(metric, self.weight)
+            seen = self._pool(self.teacher.network, begun)
+            target = contextual_similarity(self.teacher.embed(seen))
+        pooled = self._pool(self.model, begun)
+        if self.large is None:
+            return metric_alone(relaxed_contrastive_loss(self.model.embed(pooled), target), self.weight)
+        with torch.autocast(pooled.device.type, enabled=False):
+            small, large = self.model.feat_ext(pooled), self.large(pooled)
+        followed = relaxed_contrastive_loss(small, target) + relaxed_contrastive_loss(large, target)
+        return metric_alone(followed / 2 + self_distillation_loss(small, large), self.weight)
 
-    def _embed(self, network: Any, begun: tuple[Tensor, list[Tensor]]) -> Tensor:
-        pooled = network.pool(*network.end_maps(*begun))
-        return network.embed(self.processes.gather_views(pooled))  # (2m, D) of the whole batch
+    def _pool(self, network: Any, begun: tuple[Tensor, list[Tensor]]) -> Tensor:
+        return self.processes.gather_views(network.pool(*network.end_maps(*begun)))  # (2m, C) of the whole batch
+
+
+def large_embedding(channels: int, dim: int) -> nn.Linear:
+    """A second embedding head of pooled features (B, channels), used in training alone; orthogonal at first."""
+    head = nn.Linear(channels, dim)
+    nn.init.orthogonal_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head

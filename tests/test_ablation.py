@@ -82,10 +82,13 @@ def test_the_table_is_that_of_its_runs_and_is_not_made_twice(table, data, tmp_pa
 
 def test_the_recipe_its_start_and_the_rivals(table):
     others = ("stml", "deepcluster", "multi_similarity", "best_labels")
-    made = table("frozen", "start", "best", *others, seeds=[1], more=["--flip_eval"])
+    batch = "--batch_size=20"  # groups of 4 and of 5
+    made = table("frozen", "start", "best", "best_own", *others, seeds=[1], more=["--flip_eval", batch])
     runs = {run["method"]: run for run in json.loads(made.json)["runs"]}
     assert all(run["scores"]["flip_eval"] for run in runs.values())  # given for all alike
-    assert len(runs["best"]["epochs"]) == 1 and runs["start"]["epochs"][0]["epoch"] == 0
+    assert (
+        len(runs["best"]["epochs"]) == len(runs["best_own"]["epochs"]) == 1 and runs["start"]["epochs"][0]["epoch"] == 0
+    )
     for method, run in runs.items():
         if method != "frozen":
             assert run["scores"]["recall@1"] == run["epochs"][-1]["recall@1"], method

@@ -22,7 +22,9 @@ from losses import (
     ContextualStep,
     SupervisedStep,
     contextual_similarity,
+    large_embedding,
     relaxed_contrastive_loss,
+    self_distillation_loss,
 )
 from models import Pooling, build_model
 from models.teacher import Teacher
@@ -115,6 +117,42 @@ def test_relaxed_contrastive_in_its_corners():
             relaxed_contrastive_loss(x, w)
 
 
+def literal_distillation(small: Tensor, large: Tensor) -> Tensor:
+    rows, total = len(small), torch.zeros((), dtype=small.dtype)
+    for i in range(rows):
+        weights = []
+        for x in (large, small):
+            d = torch.stack([(x[i] - x[j]).norm() if i != j else x.new_zeros(()) for j in range(rows)])
+            e = torch.exp(-d / (d.sum() / rows))
+            weights.append(e / e.sum())
+        p, q = weights
+        total = total + (p * (p / q).log()).sum()
+    return total / rows
+
+
+@pytest.mark.parametrize("rows, dim, wide", [(2, 3, 4), (5, 3, 9), (16, 8, 2)])
+def test_self_distillation_is_its_formula(rows, dim, wide):
+    x = torch.randn(rows, dim, dtype=torch.float64).requires_grad_()
+    y = torch.randn(rows, wide, dtype=torch.float64).requires_grad_()
+    loss, expected = self_distillation_loss(x, y), literal_distillation(x, y.detach())
+    torch.testing.assert_close(loss, expected, **DOUBLE)
+    torch.testing.assert_close(*(torch.autograd.grad(v, x)[0] for v in (loss, expected)), rtol=1e-8, atol=1e-10)
+    assert not self_distillation_loss(x.detach(), y).requires_grad  # the large one does not learn from the small one
+
+
+def test_self_distillation_in_its_corners():
+    x = torch.randn(6, 4)
+    assert self_distillation_loss(x, 3 * x).abs() < 1e-6  # no distance but relative ones
+    same = torch.ones(4, 3, requires_grad=True)
+    self_distillation_loss(same, torch.randn(4, 5)).backward()
+    assert same.grad.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert self_distillation_loss(x, x).dtype == torch.float32
+    for a, b in ((x, torch.randn(5, 4)), (x[0], x), (x, x[0])):
+        with pytest.raises(ValueError, match="must be"):
+            self_distillation_loss(a, b)
+
+
 # ---------------------------------------------------------------- steps
 
 
@@ -163,6 +201,33 @@ def test_a_contextual_step_follows_the_teacher(stages):
     touched = {n.partition(".")[0] for n, weight in model.base_model.named_parameters() if weight.grad is not None}
     assert touched == ({"layer3"} if stages else {"conv1", "bn1", "layer1", "layer2", "layer3"})
     assert all(weight.grad is None for weight in step.teacher.parameters())
+
+
+def test_a_contextual_step_with_a_large_embedding_is_that_of_stml():
+    model = small()
+    large = large_embedding(model.pooled_dim, 32).double()
+    eye = torch.eye(32, dtype=torch.float64)
+    torch.testing.assert_close(large.weight @ large.weight.T, eye, rtol=1e-5, atol=1e-5)  # orthogonal
+    step = ContextualStep(model.train(), Teacher(model, 0.9, large), 0.5, large=large)
+    with torch.no_grad():
+        large.weight.mul_(1.5).add_(0.1)
+    inputs = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        seen = F.normalize(step.teacher.large(step.teacher.network.eval().pool(*model.eval().maps(inputs))))
+        pooled = model.train().pool(*model.maps(inputs))
+        own, wide = model.feat_ext(pooled), large(pooled)
+    target = literal_similarity(seen, 8, 3.0)
+    followed = [literal_contrastive(x, target, 1.0) for x in (own, wide)]
+    expected = sum(followed) / 2 + literal_distillation(own, wide)
+    losses = step(inputs)
+    torch.testing.assert_close(losses["metric"], expected, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(losses["loss"].detach(), 0.5 * expected, rtol=1e-7, atol=1e-9)
+    losses["loss"].backward()
+    assert all(weight.grad.abs().max() > 0 for weight in (model.feat_ext[0].weight, large.weight))
+    before = step.teacher.large.weight.clone()
+    assert step.teacher.large.weight.grad is None
+    step.teacher.follow(model, large)
+    torch.testing.assert_close(step.teacher.large.weight, 0.9 * before + 0.1 * large.weight)
 
 
 def test_train_last_freezes_what_is_before_and_keeps_the_statistics():
@@ -321,10 +386,27 @@ def test_refit_gives_the_head_its_closed_form(data, tmp_path):
 
 @pytest.mark.parametrize("baseline", ["stml", "deepcluster"])
 def test_the_methods_of_others_train(data, tmp_path, baseline):
-    done = trained(data, tmp_path / "a", baseline=baseline)
+    done = trained(data, tmp_path / "a", baseline=baseline, batch_size=10)
     assert 0 < done.rows[0]["loss"] == pytest.approx(done.rows[0]["metric_loss"])
     assert done.rows[0]["rim_loss"] == done.rows[0]["reconstruction_loss"] == 0
-    assert same_weights(done, trained(data, tmp_path / "b", baseline=baseline))
+    assert same_weights(done, trained(data, tmp_path / "b", baseline=baseline, batch_size=10))
+    config = done.saved["config"]
+    assert (config["distill_dim"], config["group"]) == ((1024, 5) if baseline == "stml" else (0, 1))
+
+
+def test_the_large_embedding_is_trained_saved_and_resumed(data, tmp_path):
+    stml = {"baseline": "stml", "distill_dim": 48, "group": 2, "batch_size": 8}
+    whole = trained(data, tmp_path / "a", **stml, n_epoch=2)
+    parts = {name for name in whole.saved["step"] if not name.startswith("teacher.network")}
+    assert parts == {"large.weight", "large.bias", "teacher.large.weight", "teacher.large.bias"}
+    assert len(whole.saved["optimizer"]["param_groups"]) == 2
+    trained(data, tmp_path / "b", **stml)
+    assert script.main(["--resume", str(tmp_path / "b" / "run"), "--n_epoch=2"]) == 0
+    resumed = outcome(tmp_path / "b" / "run")
+    assert same_weights(whole, resumed) and whole.rows == resumed.rows
+    assert all(torch.equal(value, resumed.saved["step"][name]) for name, value in whole.saved["step"].items())
+    without = trained(data, tmp_path / "c", **stml | {"distill_dim": 0})
+    assert without.rows[0]["loss"] != whole.rows[0]["loss"]
 
 
 @pytest.mark.parametrize("loss", ["proxy_anchor", "multi_similarity"])
@@ -375,6 +457,7 @@ def test_other_options_stand_above_the_recipe(data, tmp_path):
     (["--group=4", "--positives=nn"], "--positives nn"), (["--refit_head"], "--refit_head"),
     (["--metric_loss=classify"], "needs --pseudo_labels kmeans"),
     (["--metric_loss=contextual"], "give --rim 0 --recon 0"), (["--recipe=best", "--compile"], "--compile"),
+    (["--distill_dim=8"], "goes with --metric_loss contextual"),
     (["--baseline=stml", "--teacher_momentum=1.5"], "--teacher_momentum"), (["--recipe=bets"], "did you mean best?"),
     (["--recipe=best", "--layers=last9", "--stripes=1", "--batch_size=8"], "last9"),
     (["--recipe=best", "--train_stages=9", "--batch_size=8"], "--train_stages 9"),

@@ -180,7 +180,7 @@ SHOWN_ELSEWHERE = {
     "data_dir", "image_size", "backbone", "weights", "device", "data_on", "kmeans_engine",
     "eval_memory_mb", "compile", "nmi", "help", "flip_eval", "baseline", "report",
     "val_classes", "tensorboard",
-    "recipe", "whiten_power", "teacher_momentum", "refit_head", "refit_power",  # test_recipe.py
+    "recipe", "whiten_power", "teacher_momentum", "refit_head", "refit_power", "distill_dim",  # test_recipe.py
 }  # fmt: skip
 
 
