@@ -34,9 +34,11 @@ from utils.arguments import (
     backbone_name,
     folder_name,
     name_of,
+    numbers_in,
     path_name,
     real,
     whole,
+    whole_numbers,
 )
 from utils.errors import DivergedError, UserError, one_line, run_script
 from utils.presets import BASELINES, RECIPES, described, preset_of, take_preset
@@ -109,9 +111,10 @@ def make_parser() -> Parser:
     g.add_argument("--metric_loss", default="center",
                    type=name_of(METRIC_LOSS_NAMES + OTHER_LOSS_NAMES + SUPERVISED_LOSS_NAMES),
                    help="center: softmax over the centres of the batch's clusters, as in the paper; instance: over the "
-                   "images of the batch (Ye et al. 2019); contextual: by the neighbourhoods that a teacher sees in the "
-                   "batch (Kim et al. 2022); classify: the cluster head by k-means labels (Caron et al. 2018); "
-                   "proxy_anchor, multi_similarity: by the REAL labels, as a ceiling")  # fmt: skip
+                   "images of the batch (Ye et al. 2019); soft_centers: over the centroids of several k-means "
+                   "partitions of all training images, towards soft assignments; contextual: by the neighbourhoods "
+                   "that a teacher sees in the batch (Kim et al. 2022); classify: the cluster head by k-means labels "
+                   "(Caron et al. 2018); proxy_anchor, multi_similarity: by the REAL labels, as a ceiling")  # fmt: skip
     g.add_argument("--positives", type=name_of(("auto", "self", "nn")), default="auto",
                    help="second view: of the image itself, or half the time of its nearest neighbour, mined each epoch "
                    "(auto: nn on cub200, self elsewhere)")  # fmt: skip
@@ -140,6 +143,11 @@ def make_parser() -> Parser:
                    help="of --pseudo_labels kmeans; auto: faiss where it is installed, else and with "
                    "--deterministic the project's own")  # fmt: skip
     g.add_argument("--t", type=real(1e-6), default=0.1, help="temperature of the centre-based softmax")
+    g.add_argument("--cluster_sizes", type=whole_numbers(1, 10**6), default="6,12,24,48", metavar="N,N,...",
+                   help="images a cluster, on average, in the partitions of --metric_loss soft_centers")  # fmt: skip
+    g.add_argument("--target_t", type=real(1e-6), default=0.05, help="temperature of its soft assignments")
+    g.add_argument("--target_neighbors", type=whole(0, 1000), default=4, metavar="N",
+                   help="nearest neighbours of an image whose assignments are averaged with its own")  # fmt: skip
     g.add_argument(
         "--alpha", type=real(0), default=1.0, help="weight of the push from other centres in the metric loss"
     )
@@ -266,8 +274,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--metric_loss classify: needs --pseudo_labels kmeans")
     if args.metric_loss not in METRIC_LOSS_NAMES and (args.rim or args.recon):
         parser.error(f"--metric_loss {args.metric_loss}: is the only loss then; give --rim 0 --recon 0 as well")
-    if args.kmeans_engine != "auto" and args.pseudo_labels != "kmeans":
-        parser.error(f"--kmeans_engine {args.kmeans_engine} goes with --pseudo_labels kmeans; leave it out")
+    if args.kmeans_engine != "auto" and args.pseudo_labels != "kmeans" and args.metric_loss != "soft_centers":
+        parser.error(f"--kmeans_engine {args.kmeans_engine} goes with --pseudo_labels kmeans or --metric_loss "
+                     "soft_centers; leave it out")  # fmt: skip
     if args.model_name is None:
         args.model_name = f"CBSwR_{ {'cub200': 'CUB200', 'car196': 'Car196'}.get(args.dataset, args.dataset) }"
     return args
@@ -476,6 +485,8 @@ def train_step(job: Job, views: Tensor, images: Tensor) -> Tensor:
         labels = job.state.pseudo_labels[images].to(job.device)
     if job.classes is not None:
         labels = job.classes[images].to(job.device)
+    if job.args.metric_loss == "soft_centers":
+        labels = torch.as_tensor(images).to(job.device)
     with network_autocast(job.device, job.args.precision):
         losses = job.step(inputs, labels)
     job.optimizer.zero_grad(set_to_none=True)
@@ -539,7 +550,7 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
     if args.compile:
         compile_backbone(model, device)
     classes = real_classes(training) if args.metric_loss in SUPERVISED_LOSS_NAMES else None
-    losses = make_losses(args, model, classes, processes).to(device)
+    losses = make_losses(args, model, len(training), classes, processes).to(device)
     step = processes.parallel(losses, device, every_weight=all((args.ml, args.rim, args.recon)))
     job = Job(args, config, device, training, validation, held_out, data, resident, model, losses, step,
               make_optimizer(args, losses), run, State(), stop, processes, classes)  # fmt: skip
@@ -576,7 +587,7 @@ def set_up(args: argparse.Namespace, run: RunFolder, stop: StopRequest, processe
 
 
 def make_losses(
-    args: argparse.Namespace, model: CBSwR, classes: Tensor | None, processes: Processes
+    args: argparse.Namespace, model: CBSwR, count: int, classes: Tensor | None, processes: Processes
 ) -> torch.nn.Module:
     """The module that gives the losses of a batch; of many processes each takes its share of the batch."""
     import losses
@@ -586,6 +597,10 @@ def make_losses(
 
         large = losses.large_embedding(model.pooled_dim, args.distill_dim) if args.distill_dim else None
         return losses.ContextualStep(model, Teacher(model, args.teacher_momentum, large), args.ml, processes, large)
+    if args.metric_loss == "soft_centers":
+        return losses.SoftCentersStep(model, count, numbers_in(args.cluster_sizes), temperature=args.t,
+                                      target_temperature=args.target_t, neighbors=args.target_neighbors,
+                                      weight=args.ml, processes=processes)  # fmt: skip
     if args.metric_loss == "classify":
         return losses.ClassificationStep(model, args.ml, processes)
     if classes is not None:
@@ -833,15 +848,19 @@ def pseudo_label_images(job: Job) -> tuple[Tensor | None, Tensor | None, dict]:
     count = args.group - 1
     if args.positives == "nn" or (args.positives == "auto" and args.dataset == "cub200" and not count):
         count = 1
-    if not count and args.pseudo_labels == "rim":
+    soft = args.metric_loss == "soft_centers"
+    if not count and args.pseudo_labels == "rim" and not soft:
         return None, None, {}
     network = job.teacher.network if job.teacher else job.model
+    embeddings = None
     if job.pooled is None:
-        job.pooled, _ = features(job, training, f"epoch {epoch}: features", network)
+        job.pooled, embeddings = features(job, training, f"epoch {epoch}: features", network)
     space, job.pooled = job.pooled, None
     if args.head_init != "random":  # a head in closed form knows better who is near
         with torch.no_grad():
-            space = network.embed(space.to(job.device))
+            space = embeddings = network.embed(space.to(job.device))
+    if soft:
+        job.losses.begin_epoch(*by_first(job, lambda: soft_clusters(job, embeddings)))
     return by_first(job, lambda: mine_and_cluster(job, space.to(job.device), count))
 
 
@@ -868,9 +887,7 @@ def mine_and_cluster(job: Job, space: Tensor, count: int) -> tuple[Tensor | None
         positives = positives if args.group > 1 else positives[:, 0]
     if args.pseudo_labels == "rim":
         return positives, None, {}
-    engine = args.kmeans_engine
-    if engine == "auto":
-        engine = "faiss" if clustering.has_faiss() and not args.deterministic else "torch"
+    engine = kmeans_engine(args)
     try:
         labels, _, _ = clustering.kmeans(
             space, args.n_cluster, max_iter=KMEANS_ITERATIONS, seed=args.seed + epoch, engine=engine
@@ -883,6 +900,25 @@ def mine_and_cluster(job: Job, space: Tensor, count: int) -> tuple[Tensor | None
     if job.state.pseudo_labels is not None:
         logged["nmi_to_previous_clusters"] = metrics.nmi(labels, job.state.pseudo_labels)
     return positives, labels, logged
+
+
+def soft_clusters(job: Job, space: Tensor) -> tuple[Tensor, ...]:
+    """What --metric_loss soft_centers remembers of embeddings (N, D) of the training images."""
+    args, epoch = job.args, job.state.epoch + 1
+    try:
+        return job.losses.find(space.to(job.device), args.seed + epoch, kmeans_engine(args), KMEANS_ITERATIONS,
+                               args.eval_memory_mb)  # fmt: skip
+    except (ValueError, ImportError) as error:
+        raise UserError(f"epoch {epoch}: cannot cluster the training images: {error}") from None
+
+
+def kmeans_engine(args: argparse.Namespace) -> str:
+    """That of --kmeans_engine, or what auto stands for."""
+    from utils import clustering
+
+    if args.kmeans_engine != "auto":
+        return args.kmeans_engine
+    return "faiss" if clustering.has_faiss() and not args.deterministic else "torch"
 
 
 def mean_losses(epoch: EpochUnderWay) -> dict[str, float]:

@@ -13,11 +13,13 @@ from losses.contextual import (
 from losses.instance_softmax import instance_softmax_loss
 from losses.reconstruction import cluster_means, reconstruction_loss
 from losses.rim import rim_loss
+from losses.soft_centers import SoftCentersStep, partition_sizes, soft_center_loss
 
 __all__ = [
     "METRIC_LOSSES",
     "ClassificationStep",
     "ContextualStep",
+    "SoftCentersStep",
     "SupervisedStep",
     "TrainingStep",
     "cbswr_losses",
@@ -26,9 +28,11 @@ __all__ = [
     "contextual_similarity",
     "instance_softmax_loss",
     "large_embedding",
+    "partition_sizes",
     "reconstruction_loss",
     "relaxed_contrastive_loss",
     "rim_loss",
     "self_distillation_loss",
+    "soft_center_loss",
     "total_loss",
 ]

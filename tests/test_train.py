@@ -181,6 +181,7 @@ SHOWN_ELSEWHERE = {
     "eval_memory_mb", "compile", "nmi", "help", "flip_eval", "baseline", "report",
     "val_classes", "tensorboard",
     "recipe", "whiten_power", "teacher_momentum", "refit_head", "refit_power", "distill_dim",  # test_recipe.py
+    "cluster_sizes", "target_t", "target_neighbors",  # test_soft_centers.py
 }  # fmt: skip
 
 

@@ -31,8 +31,23 @@ BACKBONE_NAMES = (
     "resnet_small",
 )
 METRIC_LOSS_NAMES = ("center", "instance")  # the names of losses.METRIC_LOSSES
-OTHER_LOSS_NAMES = ("contextual", "classify")  # with a step of their own
+OTHER_LOSS_NAMES = ("soft_centers", "contextual", "classify")  # with a step of their own
 SUPERVISED_LOSS_NAMES = ("proxy_anchor", "multi_similarity")
+
+
+def whole_numbers(least: int, most: int) -> Callable[[str], str]:
+    """An argparse type: whole numbers with commas between them, kept as text; `numbers_in` gives them."""
+    one = whole(least, most)
+
+    def parse(text: str) -> str:
+        return ",".join(str(one(part)) for part in text.split(","))
+
+    return parse
+
+
+def numbers_in(text: str) -> list[int]:
+    """The numbers of a text that `whole_numbers` has passed."""
+    return [int(part) for part in text.split(",")]
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
