@@ -261,7 +261,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.compile and args.train_stages:
         parser.error("--compile makes the whole backbone one piece, and --train_stages divides it; leave one out")
     if args.batch_size % args.group:
-        parser.error(f"--batch_size {args.batch_size}: is no multiple of --group {args.group}")
+        near = args.batch_size // args.group * args.group or args.group
+        parser.error(f"--batch_size {args.batch_size}: is no multiple of --group {args.group}; give {near}, say")
     if args.group > 1 and args.positives == "nn":
         parser.error("--positives nn: --group brings neighbours into the batch already; leave one out")
     if args.refit_head and args.head_init == "random":
@@ -414,8 +415,12 @@ def fit_head(job: Job, again: str = "") -> None:
     with job.stop.at_once():
         log.info("head by %s%s: a feature pass over %d images", args.head_init, again, len(job.training))
         pooled, _ = features(job, job.training, f"head by {args.head_init}")
-        head = by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init, power))
+        head = by_first(job, lambda: closed_form_head(pooled, args.low_dim, args.head_init, power, bool(again)))
         start_head(job.model, *head)
+        empty = int((head[0] == 0).all(1).sum())
+        if empty:
+            log.info("the trained features have %d directions only: the last %d of the %d numbers of the embedding are "
+                     "0", args.low_dim - empty, empty, args.low_dim)  # fmt: skip
         job.pooled = pooled
         if job.teacher:
             job.teacher.become(job.model)

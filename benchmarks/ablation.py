@@ -54,9 +54,9 @@ METHODS |= {
     "start": Method("recipe best, before training", ("--recipe=best", "--n_epoch=0")),
     "best": Method("recipe best", ("--recipe=best",)),
     "best_own": Method("recipe best, its own one epoch", ("--recipe=best", "--n_epoch=1")),
-    "best_center": Method(
-        "recipe best, its loss replaced by the centre-based softmax over k-means clusters",
-        ("--recipe=best", "--metric_loss=center", "--pseudo_labels=kmeans", "--n_cluster=200"),
+    "best_centers": Method(
+        "recipe best, its own one epoch, by softmax over k-means centroids instead",
+        ("--recipe=best", "--metric_loss=soft_centers", "--group=1", "--n_epoch=1"),
     ),
     "proxy_anchor": Method("WITH LABELS: Proxy-Anchor", ("--metric_loss=proxy_anchor", *_LABELS)),
     "multi_similarity": Method("WITH LABELS: Multi-Similarity", ("--metric_loss=multi_similarity", *_LABELS)),

@@ -20,7 +20,9 @@ def check_directions(low_dim: int, available: int, images: int, channels: int) -
 
 
 @torch.no_grad()
-def closed_form_head(pooled: Tensor, low_dim: int, kind: str, power: float = 0.5) -> tuple[Tensor, Tensor]:
+def closed_form_head(
+    pooled: Tensor, low_dim: int, kind: str, power: float = 0.5, fill: bool = False
+) -> tuple[Tensor, Tensor]:
     """The linear map of pooled features (N, C) to low_dim dimensions that needs no labels: weight (D, C), bias (D,).
 
     "pca": the features minus their mean, along the principal directions. "whiten": the same, each direction divided by
@@ -29,18 +31,23 @@ def closed_form_head(pooled: Tensor, low_dim: int, kind: str, power: float = 0.5
 
     Both float32, computed in float64 from the covariance and scaled so that the rows of the result have a mean square
     length of 1; the sign of a direction is that of its largest weight. The first d rows are, but for their length, the
-    head for d dimensions. Raises UserError where the features have fewer than low_dim directions of their own.
+    head for d dimensions. Where the features have fewer than low_dim directions of their own, the rows beyond them are
+    zeros with `fill`, and without it UserError is raised.
     """
     x = pooled.double().cpu()
     mean = x.mean(0)
     squares, directions = torch.linalg.eigh((x - mean).T @ (x - mean))  # ascending
     singular = squares.clamp(min=0).sqrt().flip(0)
-    check_directions(low_dim, int((singular > SMALLEST * singular[0]).sum()), *x.shape)
-    weight = directions.T.flip(0)[:low_dim]  # (D, C)
+    available = int((singular > SMALLEST * singular[0]).sum())
+    if not fill:
+        check_directions(low_dim, available, *x.shape)
+    own = min(low_dim, available)
+    weight = directions.T.flip(0)[:own]  # (D, C)
     if kind == "whiten":
-        weight = weight / singular[:low_dim, None] ** power
+        weight = weight / singular[:own, None] ** power
     weight = weight * weight.gather(1, weight.abs().argmax(1, keepdim=True)).sign()
     weight = weight / ((x - mean) @ weight.T).square().sum(1).mean().sqrt()
+    weight = torch.cat([weight, weight.new_zeros(low_dim - own, weight.shape[1])])
     return weight.float(), -(weight @ mean).float()
 
 

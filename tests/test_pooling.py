@@ -175,6 +175,8 @@ def test_more_dimensions_than_the_features_have_are_refused():
     assert closed_form_head(x, 3, "whiten")[0].shape == (3, 9)
     with pytest.raises(UserError, match=r"--low_dim 4: .* 3 directions of 9 only"):
         closed_form_head(x, 4, "whiten")
+    weight, bias = closed_form_head(x, 5, "whiten", fill=True)
+    assert torch.equal(weight[:3], closed_form_head(x, 3, "whiten")[0]) and not weight[3:].any() and not bias[3:].any()
     with pytest.raises(UserError, match="4 directions"):
         closed_form_head(noise(5, 9), 5, "pca")
 

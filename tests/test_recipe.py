@@ -453,7 +453,7 @@ def test_other_options_stand_above_the_recipe(data, tmp_path):
 
 @pytest.mark.parametrize("given, words", [
     (["--recipe=best", "--group=3"], "--recipe sets what is not given"),
-    (["--recipe=best", "--baseline=stml"], "are two methods"), (["--group=3"], "no multiple of --group 3"),
+    (["--recipe=best", "--baseline=stml"], "are two methods"), (["--group=3"], "no multiple of --group 3; give 15"),
     (["--group=4", "--positives=nn"], "--positives nn"), (["--refit_head"], "--refit_head"),
     (["--metric_loss=classify"], "needs --pseudo_labels kmeans"),
     (["--metric_loss=contextual"], "give --rim 0 --recon 0"), (["--recipe=best", "--compile"], "--compile"),

@@ -149,3 +149,19 @@ def test_too_few_different_images_end_in_a_clear_error(data, tmp_path, monkeypat
     monkeypatch.setattr(SoftCentersStep, "find", find)
     with pytest.raises(UserError, match="epoch 1: cannot cluster the training images: 3 distinct"):
         trained(data, tmp_path, **SOFT)
+
+
+def test_features_that_lost_a_direction_in_training_still_get_their_head(data, tmp_path, monkeypatch, capsys):
+    real = script.train_steps
+
+    def lose_channels(job):
+        real(job)
+        maps = job.model.base_model.layer3
+        maps.register_forward_hook(lambda _, __, found: found * (torch.arange(found.shape[1])[:, None, None] < 10))
+
+    monkeypatch.setattr(script, "train_steps", lose_channels)
+    done = trained(data, tmp_path, recipe="best", batch_size=8, layers="layer3", stripes="1", low_dim=16)
+    assert "directions only: the last" in capsys.readouterr().out
+    head = done.saved["model"]["feat_ext.0.weight"]
+    own = int((head != 0).any(1).sum())
+    assert 5 <= own <= 10 and (head[own:] == 0).all() and done.rows[0]["recall@1"] > 0
