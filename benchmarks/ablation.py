@@ -50,18 +50,18 @@ PAPER = tuple(METHODS)
 _LABELS = ("--ml=1", "--rim=0", "--recon=0", "--positives=self", "--group=4", "--optimizer=adamw", "--lr=1e-4")
 METHODS |= {
     "deepcluster": Method("k-means classification (DeepCluster)", ("--baseline=deepcluster",)),
-    "stml": Method("contextual loss (STML)", ("--baseline=stml",)),
+    "stml": Method("STML", ("--baseline=stml",)),
     "start": Method("recipe best, before training", ("--recipe=best", "--n_epoch=0")),
     "best": Method("recipe best", ("--recipe=best",)),
-    "best_own": Method("recipe best, its own one epoch", ("--recipe=best", "--n_epoch=1")),
+    "best_own": Method("recipe best, 1 epoch", ("--recipe=best", "--n_epoch=1")),
     "best_centers": Method(
-        "recipe best, its own one epoch, by softmax over k-means centroids instead",
+        "recipe best, 1 epoch, centre-based softmax instead",
         ("--recipe=best", "--metric_loss=soft_centers", "--group=1", "--n_epoch=1"),
     ),
     "proxy_anchor": Method("WITH LABELS: Proxy-Anchor", ("--metric_loss=proxy_anchor", *_LABELS)),
     "multi_similarity": Method("WITH LABELS: Multi-Similarity", ("--metric_loss=multi_similarity", *_LABELS)),
     "best_labels": Method(
-        "WITH LABELS: recipe best, its loss replaced by Multi-Similarity",
+        "WITH LABELS: recipe best by Multi-Similarity",
         ("--recipe=best", "--metric_loss=multi_similarity"),
     ),
 }
