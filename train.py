@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +140,7 @@ def make_parser() -> Parser:
                    help="rim: argmax of the cluster head, as in the paper; kmeans: k-means over all training features "
                    "at the start of each epoch")  # fmt: skip
     g.add_argument("--kmeans_engine", type=name_of(("auto", "faiss", "torch")), default="auto",
-                   help="of --pseudo_labels kmeans; auto: faiss where it is installed, else and with "
+                   help="of --pseudo_labels kmeans and soft_centers; auto: faiss where it is installed, else and with "
                    "--deterministic the project's own")  # fmt: skip
     g.add_argument("--t", type=real(1e-6), default=0.1, help="temperature of the centre-based softmax")
     g.add_argument("--cluster_sizes", type=whole_numbers(1, 10**6), default="6,12,24,48", metavar="N,N,...",
@@ -893,12 +893,10 @@ def mine_and_cluster(job: Job, space: Tensor, count: int) -> tuple[Tensor | None
     if args.pseudo_labels == "rim":
         return positives, None, {}
     engine = kmeans_engine(args)
-    try:
+    with cluster_faults(epoch):
         labels, _, _ = clustering.kmeans(
             space, args.n_cluster, max_iter=KMEANS_ITERATIONS, seed=args.seed + epoch, engine=engine
         )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"epoch {epoch}: cannot cluster the training images: {error}") from None
     labels = labels.cpu()
     sizes = clustering.cluster_sizes(labels, args.n_cluster)
     logged = {"cluster_sizes": sizes.tolist(), "kmeans_engine": engine}
@@ -910,9 +908,16 @@ def mine_and_cluster(job: Job, space: Tensor, count: int) -> tuple[Tensor | None
 def soft_clusters(job: Job, space: Tensor) -> tuple[Tensor, ...]:
     """What --metric_loss soft_centers remembers of embeddings (N, D) of the training images."""
     args, epoch = job.args, job.state.epoch + 1
-    try:
+    with cluster_faults(epoch):
         return job.losses.find(space.to(job.device), args.seed + epoch, kmeans_engine(args), KMEANS_ITERATIONS,
                                args.eval_memory_mb)  # fmt: skip
+
+
+@contextmanager
+def cluster_faults(epoch: int) -> Iterator[None]:
+    """A clustering that cannot be made, as a mistake in one line."""
+    try:
+        yield
     except (ValueError, ImportError) as error:
         raise UserError(f"epoch {epoch}: cannot cluster the training images: {error}") from None
 

@@ -1,8 +1,18 @@
-"""What a training step gives whose metric loss is all there is."""
+"""What training steps share whose metric loss is all there is."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+
+from utils.distributed import Processes
+
+
+def embed_views(model: Any, inputs: Tensor, labels: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
+    """Embeddings (2m, D) of the whole batch, and a label for each (2m,)."""
+    pooled = processes.gather_views(model.pool(*model.maps(inputs)))
+    return model.embed(pooled), processes.gather_views(labels.repeat(2))
 
 
 def metric_alone(metric: Tensor, weight: float) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.alone import metric_alone
+from losses.alone import embed_views, metric_alone
 from utils.distributed import ALONE, Processes
 from utils.errors import UserError
 
@@ -30,7 +30,7 @@ class ClassificationStep(nn.Module):
 
     def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Two views of images (2m, 3, H, W), labels (m,) from 0 to K - 1: "loss", with a gradient, and its parts."""
-        embeddings, labels = _embed(self.model, inputs, labels, self.processes)
+        embeddings, labels = embed_views(self.model, inputs, labels, self.processes)
         with torch.autocast(embeddings.device.type, enabled=False):
             return metric_alone(F.cross_entropy(self.model.clustering(embeddings), labels), self.weight)
 
@@ -55,13 +55,7 @@ class SupervisedStep(nn.Module):
 
     def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Two views of images (2m, 3, H, W), labels (m,): "loss", with a gradient, and its parts."""
-        embeddings, labels = _embed(self.model, inputs, labels, self.processes)
+        embeddings, labels = embed_views(self.model, inputs, labels, self.processes)
         with torch.autocast(embeddings.device.type, enabled=False):
             pairs = (self.miner(embeddings, labels),) if self.miner else ()
             return metric_alone(self.loss(embeddings, labels, *pairs), self.weight)
-
-
-def _embed(model: Any, inputs: Tensor, labels: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
-    """Embeddings (2m, D) of the whole batch, and a label for each (2m,)."""
-    pooled = processes.gather_views(model.pool(*model.maps(inputs)))
-    return model.embed(pooled), processes.gather_views(labels.repeat(2))

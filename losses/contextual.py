@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses.alone import metric_alone
+from models.pooling import as_float
 from models.teacher import Teacher
 from utils.distributed import ALONE, Processes
 
@@ -27,7 +28,7 @@ def contextual_similarity(embeddings: Tensor, neighbors: int = NEIGHBORS, sigma:
     A batch of fewer rows than neighbours takes all of them.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
-        x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+        x = as_float(embeddings)
         distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(-1.0)  # itself first
         count = min(neighbors, len(x))
         nearest = distance.topk(count, largest=False).indices  # (B, k)
@@ -78,7 +79,7 @@ def self_distillation_loss(small: Tensor, large: Tensor) -> Tensor:
 
 def _relative_distances(embeddings: Tensor) -> Tensor:
     """Distances (B, B) of rows, divided by the mean of those of row i to all rows."""
-    x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    x = as_float(embeddings)
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     return distance / distance.mean(1, keepdim=True).clamp(min=1e-12)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.alone import metric_alone
+from losses.alone import embed_views, metric_alone
+from models.pooling import as_float
 from utils import clustering, search
 from utils.distributed import ALONE, Processes
 
@@ -26,11 +27,10 @@ def soft_center_loss(
     float32 (float64 for float64 input). Raises ValueError for shapes that do not fit.
     """
     if embeddings.dim() != 2 or members.dim() != 3 or members[:, 0].shape != embeddings.shape or not centers:
-        raise ValueError(f"embeddings must be (B, D) with members (B, n, D) and centers [(K, D), ...], "
-                         "got "
+        raise ValueError("embeddings must be (B, D) with members (B, n, D) and centers [(K, D), ...], got "
                          f"{tuple(embeddings.shape)}, {tuple(members.shape)} and {len(centers)}")  # fmt: skip
     with torch.autocast(embeddings.device.type, enabled=False):
-        x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+        x = as_float(embeddings)
         losses = []
         for one in centers:
             target = F.softmax(members @ one.T / target_temperature, dim=2).mean(1)  # (B, K)
@@ -45,8 +45,6 @@ def partition_sizes(count: int, cluster_sizes: Sequence[int]) -> list[int]:
 
 class SoftCentersStep(nn.Module):
     """`soft_center_loss` of a batch, by what the network made of all training images at the start of the epoch."""
-
-    own_rate = 1
 
     def __init__(
         self, model: Any, count: int, cluster_sizes: Sequence[int], *, temperature: float = 0.1,
@@ -80,9 +78,8 @@ class SoftCentersStep(nn.Module):
 
     def forward(self, inputs: Tensor, images: Tensor) -> dict[str, Tensor]:
         """Two views of images (2m, 3, H, W), their numbers (m,): "loss", with a gradient, and its parts."""
-        pooled = self.processes.gather_views(self.model.pool(*self.model.maps(inputs)))
-        members = self.memory[self.members[self.processes.gather_views(images.repeat(2))]]  # (2m, n, D)
-        loss = soft_center_loss(self.model.embed(pooled), members.to(pooled.dtype),
-                                self.centers.to(pooled.dtype).split(self.partitions), self.temperature,
-                                self.target_temperature)  # fmt: skip
+        embeddings, images = embed_views(self.model, inputs, images, self.processes)
+        members = self.memory[self.members[images]].to(embeddings.dtype)  # (2m, n, D)
+        centers = self.centers.to(embeddings.dtype).split(self.partitions)
+        loss = soft_center_loss(embeddings, members, centers, self.temperature, self.target_temperature)
         return metric_alone(loss, self.weight)

@@ -35,8 +35,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def follow(self, network: nn.Module, large: nn.Module | None = None) -> None:
         """Move towards the weights of `network` and `large` by a step; take the network's buffers as they are."""
-        pairs = [(self.network, network), (self.large, large)]
-        for mine, theirs in pairs[: 1 if large is None else 2]:
+        pairs = [(self.network, network)] + ([] if large is None else [(self.large, large)])
+        for mine, theirs in pairs:
             for own, weight in zip(mine.parameters(), theirs.parameters(), strict=True):
                 if weight.requires_grad:
                     own.lerp_(weight, 1 - self.momentum)
