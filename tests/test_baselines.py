@@ -126,9 +126,10 @@ def test_cbswr_is_the_default_and_each_other_one_differs():
         "cbs": {"recon"} | more,
         "cbswr": more,
         "kmeans": {"pseudo_labels"} | more,
-        "stml": {"metric_loss", "ml", "rim", "recon", "positives", "group", "optimizer", "lr"} | more,
+        "stml": {"metric_loss", "ml", "rim", "recon", "positives", "distill_dim", "group", "batch_size", "optimizer",
+                 "lr"} | more,
         "deepcluster": {"metric_loss", "ml", "rim", "recon", "positives", "pseudo_labels"} | more,
-    }
+    }  # fmt: skip
 
 
 def test_what_is_given_stands_above_the_preset_and_the_preset_above_a_file(tmp_path):
