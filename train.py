@@ -864,9 +864,12 @@ def pseudo_label_images(job: Job) -> tuple[Tensor | None, Tensor | None, dict]:
     if args.head_init != "random":  # a head in closed form knows better who is near
         with torch.no_grad():
             space = embeddings = network.embed(space.to(job.device))
+    logged = {}
     if soft:
         job.losses.begin_epoch(*by_first(job, lambda: soft_clusters(job, embeddings)))
-    return by_first(job, lambda: mine_and_cluster(job, space.to(job.device), count))
+        logged = {"partitions": job.losses.partitions, "kmeans_engine": kmeans_engine(args)}
+    positives, labels, found = by_first(job, lambda: mine_and_cluster(job, space.to(job.device), count))
+    return positives, labels, logged | found
 
 
 def same_class(classes: Tensor, count: int, seed: tuple[int, int]) -> Tensor:
@@ -893,7 +896,7 @@ def mine_and_cluster(job: Job, space: Tensor, count: int) -> tuple[Tensor | None
     if args.pseudo_labels == "rim":
         return positives, None, {}
     engine = kmeans_engine(args)
-    with cluster_faults(epoch):
+    with cluster_faults(epoch, "lower --n_cluster"):
         labels, _, _ = clustering.kmeans(
             space, args.n_cluster, max_iter=KMEANS_ITERATIONS, seed=args.seed + epoch, engine=engine
         )
@@ -908,18 +911,19 @@ def mine_and_cluster(job: Job, space: Tensor, count: int) -> tuple[Tensor | None
 def soft_clusters(job: Job, space: Tensor) -> tuple[Tensor, ...]:
     """What --metric_loss soft_centers remembers of embeddings (N, D) of the training images."""
     args, epoch = job.args, job.state.epoch + 1
-    with cluster_faults(epoch):
+    with cluster_faults(epoch, "raise --cluster_sizes"):
         return job.losses.find(space.to(job.device), args.seed + epoch, kmeans_engine(args), KMEANS_ITERATIONS,
                                args.eval_memory_mb)  # fmt: skip
 
 
 @contextmanager
-def cluster_faults(epoch: int) -> Iterator[None]:
-    """A clustering that cannot be made, as a mistake in one line."""
+def cluster_faults(epoch: int, advice: str) -> Iterator[None]:
+    """A clustering that cannot be made, as a mistake in one line, with what to do about too many clusters."""
     try:
         yield
     except (ValueError, ImportError) as error:
-        raise UserError(f"epoch {epoch}: cannot cluster the training images: {error}") from None
+        advice = f"; {advice}" if isinstance(error, ValueError) else ""
+        raise UserError(f"epoch {epoch}: cannot cluster the training images: {error}{advice}") from None
 
 
 def kmeans_engine(args: argparse.Namespace) -> str:
@@ -1024,6 +1028,8 @@ def print_epoch(row: dict) -> None:
     if "cluster_sizes" in row:
         sizes = row["cluster_sizes"]
         parts.append(f"{len(sizes)} clusters of {min(sizes)} to {max(sizes)} images ({row['kmeans_engine']})")
+    if "partitions" in row:
+        parts.append(f"partitions of {', '.join(map(str, row['partitions']))} clusters ({row['kmeans_engine']})")
     if "nmi_to_previous_clusters" in row:
         parts.append(f"NMI to the last clusters {100 * row['nmi_to_previous_clusters']:.1f}")
     if "recall@1" in row:

@@ -54,15 +54,15 @@ METHODS |= {
     "start": Method("recipe best, before training", ("--recipe=best", "--n_epoch=0")),
     "best": Method("recipe best", ("--recipe=best",)),
     "best_own": Method("recipe best, 1 epoch", ("--recipe=best", "--n_epoch=1")),
-    "best_centers": Method(
-        "recipe best, 1 epoch, centre-based softmax instead",
-        ("--recipe=best", "--metric_loss=soft_centers", "--group=1", "--n_epoch=1"),
+    "best_contextual": Method(
+        "recipe best, 1 epoch, contextual loss instead",
+        ("--recipe=best", "--metric_loss=contextual", "--group=4", "--teacher_momentum=1", "--n_epoch=1"),
     ),
     "proxy_anchor": Method("WITH LABELS: Proxy-Anchor", ("--metric_loss=proxy_anchor", *_LABELS)),
     "multi_similarity": Method("WITH LABELS: Multi-Similarity", ("--metric_loss=multi_similarity", *_LABELS)),
     "best_labels": Method(
         "WITH LABELS: recipe best by Multi-Similarity",
-        ("--recipe=best", "--metric_loss=multi_similarity"),
+        ("--recipe=best", "--metric_loss=multi_similarity", "--group=4"),
     ),
 }
 SCORES = {

@@ -81,7 +81,7 @@ def test_the_table_is_that_of_its_runs_and_is_not_made_twice(table, data, tmp_pa
 
 
 def test_the_recipe_its_start_and_the_rivals(table):
-    others = ("stml", "deepcluster", "best_centers", "multi_similarity", "best_labels")
+    others = ("stml", "deepcluster", "best_contextual", "multi_similarity", "best_labels")
     batch = "--batch_size=20"  # groups of 4 and of 5
     made = table("frozen", "start", "best", "best_own", *others, seeds=[1], more=["--flip_eval", batch])
     runs = {run["method"]: run for run in json.loads(made.json)["runs"]}

@@ -214,9 +214,9 @@ def test_a_process_killed_under_torchrun_ends_the_job(data, tmp_path, one):
 
 
 @pytest.mark.parametrize("method", [
-    {"recipe": "best", "teacher_momentum": 0.9}, {"baseline": "stml", "group": 2, "distill_dim": 48},
-    {"recipe": "best", "metric_loss": "soft_centers", "group": 1, "kmeans_engine": "torch"},
-    {"baseline": "deepcluster", "kmeans_engine": "torch"},
+    {"recipe": "best", "metric_loss": "contextual", "group": 4, "teacher_momentum": 0.9},
+    {"baseline": "stml", "group": 2, "distill_dim": 48},
+    {"recipe": "best", "kmeans_engine": "torch"}, {"baseline": "deepcluster", "kmeans_engine": "torch"},
     {"metric_loss": "multi_similarity", "ml": 1, "rim": 0, "recon": 0, "group": 4, "train_stages": 1},
 ])  # fmt: skip
 def test_the_other_losses_train_in_two_processes_as_in_one(data, tmp_path, forks, method):

@@ -123,7 +123,9 @@ def test_every_command_of_the_pages_runs(workplace):
         if "--resume" in argv:
             added = ["--device", "cpu", "--n_epoch", "2"]
         elif "--recipe" in argv:
-            added += ["--low_dim", "8"]
+            added += ["--low_dim", "8", *(["--image_size", "40"] if "--image_size" in argv else [])]
+        if script == "train.py" and "--val_classes" in argv:
+            added += ["--val_classes", "3"]
         if "--dim" in argv:
             added += ["--dim", "4"]
         if script == "embed.py" and "--checkpoint_path" in argv:

@@ -33,6 +33,7 @@ from utils.errors import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 DOUBLE = {"rtol": 1e-10, "atol": 1e-12}
 BEST = {"recipe": "best", "batch_size": 8}
+CONTEXTUAL = BEST | {"metric_loss": "contextual", "group": 4}
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -323,14 +324,18 @@ def data(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"))
 
 
-def test_best_trains_and_is_resumed_to_the_same_weights(data, tmp_path, capsys):
-    whole = trained(data, tmp_path / "a", **BEST, n_epoch=2)
+@pytest.mark.parametrize("settings, beside", [
+    (BEST, {"memory", "members", "centers"}), (CONTEXTUAL | {"teacher_momentum": 1.0}, {"teacher"}),
+])  # fmt: skip
+def test_best_trains_and_is_resumed_to_the_same_weights(data, tmp_path, capsys, settings, beside):
+    whole = trained(data, tmp_path / "a", **settings, n_epoch=2)
     text = capsys.readouterr().out
     assert "recipe best: " in text and "head by whiten" in text
     config = whole.saved["config"]
-    assert config["recipe"] == "best" and config["refit_head"] is True and config["group"] == 4
-    assert {name.partition(".")[0] for name in whole.saved["step"]} == {"teacher"}
-    trained(data, tmp_path / "b", **BEST)
+    assert config["recipe"] == "best" and config["refit_head"] is True and config["refit_power"] == 0.7
+    assert (config["t"], config["target_t"], config["group"]) == (0.05, 0.05, settings.get("group", 1))
+    assert {name.partition(".")[0] for name in whole.saved["step"]} == beside
+    trained(data, tmp_path / "b", **settings)
     assert script.main(["--resume", str(tmp_path / "b" / "run"), "--n_epoch=2"]) == 0
     resumed = outcome(tmp_path / "b" / "run")
     assert same_weights(whole, resumed) and whole.rows == resumed.rows
@@ -338,7 +343,7 @@ def test_best_trains_and_is_resumed_to_the_same_weights(data, tmp_path, capsys):
 
 
 def test_a_stop_in_the_middle_of_an_epoch_keeps_groups_and_teacher(data, tmp_path):
-    settings = BEST | {"n_epoch": 1, "batch_size": 4, "teacher_momentum": 0.5}
+    settings = CONTEXTUAL | {"n_epoch": 1, "batch_size": 4, "teacher_momentum": 0.5}
     whole = trained(data, tmp_path / "a", **settings)
     trained(data, tmp_path / "b", **settings, checkpoint_every_steps=4)
     steps = []
@@ -362,7 +367,7 @@ def test_a_stop_in_the_middle_of_an_epoch_keeps_groups_and_teacher(data, tmp_pat
 
 
 def test_a_checkpoint_without_its_teacher_is_refused(data, tmp_path):
-    done = trained(data, tmp_path, **BEST)
+    done = trained(data, tmp_path, **CONTEXTUAL)
     del done.saved["step"]
     torch.save(done.saved, done.run / "last.pth")
     failed(execute("--resume", done.run, "--n_epoch=2"), "does not fit", "teacher")
@@ -430,7 +435,7 @@ def test_supervised_runs_say_that_they_use_labels(data, tmp_path, capsys, loss):
     "name, value", [("whiten_power", 0.2), ("refit_power", 0.2), ("teacher_momentum", 0.1), ("stripes", "2,1")]
 )
 def test_options_of_the_recipe_change_the_training(data, tmp_path, name, value):
-    settings = BEST | {"batch_size": 4, "lr": 1e-3, "n_epoch": 2}
+    settings = CONTEXTUAL | {"batch_size": 4, "lr": 1e-3, "n_epoch": 2}
     one, other = trained(data, tmp_path / "a", **settings), trained(data, tmp_path / "b", **settings, **{name: value})
     assert one.rows[1]["loss"] != other.rows[1]["loss"] and other.saved["config"][name] == value
     kept = {**settings, "head_init": "whiten"}
@@ -535,7 +540,7 @@ def test_a_small_set_gets_the_dimensions_that_it_has(data, tmp_path):
 
 def test_flags_of_the_recipe_can_be_taken_back():
     args = script.parse_args(["--recipe=best", "--no-refit_head", "--no-flip_eval"])
-    assert (args.refit_head, args.flip_eval, args.group) == (False, False, 4)
+    assert (args.refit_head, args.flip_eval, args.t) == (False, False, 0.05)
 
 
 def test_a_start_that_fails_leaves_no_network(tmp_path):

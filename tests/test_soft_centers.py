@@ -96,8 +96,10 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("more", [{}, {"head_init": "whiten"}, {"recipe": "best"}])
 def test_a_run_is_stopped_and_resumed_to_the_same_weights(data, tmp_path, more):
-    settings = SOFT | more | {"n_epoch": 2, "batch_size": 4, "group": 1}
+    settings = SOFT | more | {"n_epoch": 2, "batch_size": 4}
     whole = trained(data, tmp_path / "a", **settings)
+    assert whole.rows[0]["partitions"] == [4, 8] and whole.rows[1]["kmeans_engine"] in ("faiss", "torch")
+    assert "partitions of 4, 8 clusters" in (whole.run / "run.log").read_text()
     assert whole.rows[0]["loss"] > 0 and whole.rows[0]["rim_loss"] == 0
     assert {"memory", "members", "centers"} == whole.saved["step"].keys()
     steps, real = [], script.train_step
@@ -147,7 +149,7 @@ def test_too_few_different_images_end_in_a_clear_error(data, tmp_path, monkeypat
         raise ValueError("3 distinct rows cannot make 4 clusters")
 
     monkeypatch.setattr(SoftCentersStep, "find", find)
-    with pytest.raises(UserError, match="epoch 1: cannot cluster the training images: 3 distinct"):
+    with pytest.raises(UserError, match=r"cannot cluster the training images: 3 distinct.*; raise --cluster_sizes"):
         trained(data, tmp_path, **SOFT)
 
 
