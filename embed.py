@@ -2,232 +2,219 @@
 
 from __future__ import annotations
 
-from utils.stopping import Stopped, StopRequest, interrupt_in_one_line
-
-if __name__ == "__main__":
-    interrupt_in_one_line()  # the imports below take a while
-
 import argparse
 import sys
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from utils.arguments import (
-    BACKBONE_NAMES,
-    FLIP_HINT,
+from datasets.arrays import DEFAULT_IMAGE_SIZE, SMALLEST_IMAGE_SIZE, load_split
+from datasets.folder import ArraySource, Crops, FileSource, batches_of
+from datasets.images import find_images
+from datasets.views import crop_size
+from models import BACKBONES, Pooling, check_crop_size
+from models.embedder import Embedder
+from models.export import export_onnx
+from utils.devices import choose_device
+from utils.embeddings import EmbeddingWriter
+from utils.errors import UserError, run_script
+from utils.files import check_target
+from utils.options import (
     LARGEST_SEED,
     Parser,
-    add_dim,
-    add_flip,
+    add_flip_eval,
+    add_machine,
     add_pooling,
-    backbone_name,
+    add_precision,
     folder_name,
     name_of,
     path_name,
-    refuse_network_options,
     whole,
 )
-from utils.errors import UserError, run_script
-from utils.files import check_target
-from utils.process import place, share_cores
 from utils.progress import progress
+from utils.signals import Stopped, StopRequest
 
-if TYPE_CHECKING:  # --help does not wait for these
-    from datasets.folder import ArraySource, Crops, FileSource
-    from models import Pooling
-
-DEFAULT_SIZE = 256  # pixels that a folder's images are squashed to, where the checkpoint does not know better
-NAMED = 3  # unreadable images that an error names
+GOES_WITH = {
+    "skip_bad": "images",
+    "split": "dataset",
+    "data_dir": "dataset",
+    "weights": "backbone",
+    "layers": "backbone",
+    "pool": "backbone",
+    "stripes": "backbone",
+    "seed": "backbone",
+    "dim": "checkpoint_path",
+    "half": "out",
+    "overwrite": "out",
+    "precision": "out",
+}
+SPLITS = ("all", "training", "validation")
+MOST_NAMED = 3  # unreadable images that an error names
 
 
 def make_parser() -> Parser:
-    """The options, named as those of test.py."""
-    p = Parser(description="Embed a folder of images, or a pre-processed data set.")
-    g = p.add_argument_group("what to embed (one of the two)")
-    g.add_argument(
-        "--images", type=path_name, metavar="DIR", help="a folder of images; those below it count, hidden ones do not"
+    """Declare the options."""
+    parser = Parser("Embed a folder of images, or a pre-processed data set.")
+    group = parser.add_argument_group("images")
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add("--images", type=path_name, metavar="DIR", help="a folder, with all folders below it")
+    add("--dataset", type=folder_name, help="a pre-processed data set")
+    add(
+        "--onnx",
+        type=path_name,
+        metavar="FILE",
+        help="no images: write the network itself, for center crops of images of --image_size",
     )
-    g.add_argument("--dataset", type=folder_name, help="a pre-processed data set: cub200, my_set, ...")
-    g.add_argument("--split", type=name_of(("all", "training", "validation")), default="all", help="of --dataset")
-    g.add_argument("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
-    g.add_argument("--image_size", type=whole(8), help="of --images: the side that they are squashed to (default: the "
-                   f"checkpoint's, or {DEFAULT_SIZE}); of --dataset: which size, if there are several")  # fmt: skip
-    g.add_argument("--skip_bad", action="store_true", help="leave unreadable images out and list them in FILE.json")
-    g = p.add_argument_group("by which network (one of the two)")
-    g.add_argument(
-        "--checkpoint_path", type=path_name, metavar="FILE", help="a checkpoint, or a run's folder: its embedding"
+    add = group.add_argument
+    add("--split", type=name_of(SPLITS), default=SPLITS[0], help="of --dataset")
+    add("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
+    size_default = f"(default: as trained, or {DEFAULT_IMAGE_SIZE})"
+    add("--image_size", type=whole(SMALLEST_IMAGE_SIZE), help=f"side in pixels {size_default}")
+    add("--skip_bad", action="store_true", help="leave unreadable images out, list them in .json")
+    group = parser.add_argument_group("network")
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add("--checkpoint_path", type=path_name, help="a checkpoint or a run's folder: its embedding")
+    backbone = name_of(BACKBONES, prefix="timm:")
+    add("--backbone", type=backbone, help="a frozen one, or timm:NAME: its pooled features")
+    add = group.add_argument
+    add("--weights", type=path_name, default="auto", help="of --backbone: auto, none or a file")
+    add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of the random --weights none")
+    add("--dim", type=whole(1), help="the first numbers of the embedding of a closed-form head")
+    add_pooling(group)
+    add_flip_eval(group, None)
+    add = parser.add_argument_group("output").add_argument
+    add(
+        "--out",
+        type=path_name,
+        metavar="FILE.npy",
+        help="rows of unit length; FILE.csv and FILE.json come with it; after an interruption the "
+        "same command goes on",
     )
-    g.add_argument("--backbone", type=backbone_name,
-                   help=f"a frozen one, its pooled features: {', '.join(BACKBONE_NAMES)}, or timm:NAME")  # fmt: skip
-    g.add_argument(
-        "--weights", type=path_name, default="auto", help="auto (usual ImageNet weights), none (random), or a file"
-    )
-    add_pooling(g, "default: the last; a checkpoint brings its own")
-    add_dim(g)
-    add_flip(g)
-    g.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, help="of --weights none")
-    g = p.add_argument_group("output")
-    g.add_argument("--out", type=path_name, metavar="FILE.npy",
-                   help="the embeddings, rows of unit length; FILE.csv and FILE.json come "
-                   "with it; interrupted, the same command goes on")  # fmt: skip
-    g.add_argument("--onnx", type=path_name, metavar="FILE",
-                   help="instead: write the network itself, for centre crops of images of "
-                   "--image_size; needs no images")  # fmt: skip
-    g.add_argument("--half", action="store_true", help="float16 instead of float32")
-    g.add_argument("--overwrite", action="store_true", help="begin anew where a file of that name lies")
-    g = p.add_argument_group("machine")
-    g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch")
-    g.add_argument(
-        "--workers", type=whole(0, 1024), default=2, help="threads that read images ahead; changes speed alone"
-    )
-    g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
-    g.add_argument("--precision", type=name_of(("fp32", "bf16")), default="fp32", help="of the network")
-    return p
+    add("--half", action="store_true", help="float16 instead of float32")
+    add("--overwrite", action="store_true", help="begin anew if a file of that name is there")
+    add_precision(add_machine(parser, neighbors=False))
+    return parser
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The options, checked against each other."""
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the options and check them against each other."""
     parser = make_parser()
     args = parser.parse(argv)
-    if args.onnx and (args.images or args.dataset or args.out):
-        parser.error("--onnx writes the network alone; leave out --images, --dataset and --out")
-    if not args.onnx and (args.images is None) == (args.dataset is None):
-        parser.error("give either --images, or --dataset")
-    if (args.checkpoint_path is None) == (args.backbone is None):
-        parser.error("give either --checkpoint_path, or --backbone (with --weights) for a frozen backbone")
-    refuse_network_options(parser, args)
-    if args.dataset and args.skip_bad:
-        parser.error("--skip_bad goes with --images; a data set has no unreadable images")
-    target = args.onnx or args.out
-    if target is None:
-        parser.error("give --out FILE.npy")
+    for name, needed in GOES_WITH.items():
+        if name in args.given and getattr(args, needed) is None:
+            parser.error(f"--{name} goes with --{needed}")
+    if (args.out is None) == (args.onnx is None):
+        parser.error("give --out FILE.npy with images, or --onnx FILE without")
     try:
-        check_target(target, "" if args.onnx else ".npy")
+        if args.out:
+            check_target(args.out, ".npy")
+        else:
+            check_target(args.onnx)
     except UserError as error:
         parser.error(str(error))
-    here = place()
-    if here is not None and here.count > 1:
-        parser.error("runs as one process; start it without torchrun")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Read the options, then do the work."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Embed the images, or write the network."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    share_cores()
-    import models  # noqa: F401  # and torch: slow, so before StopRequest takes over
-
     with StopRequest() as stop:
+        if args.onnx:
+            with stop.at_once():
+                export(args)
+            return 0
         try:
-            if args.onnx:
-                with stop.at_once():
-                    export(args)
-            else:
-                embed(args, stop)
+            embed(args, stop)
         except Stopped as stopped:
             print(f"{stopped}; what is embedded is kept, the same command goes on from there")
             return stopped.status
     return 0
 
 
+def load_embedder(args: argparse.Namespace, device: str) -> Embedder:
+    """Load the network that the options name."""
+    return Embedder(
+        choose_device(device),
+        args.checkpoint_path,
+        args.backbone,
+        args.weights,
+        pooling=Pooling.parse(args.layers, args.pool, False, args.stripes),
+        dim=args.dim,
+        flip=args.flip_eval,
+        precision=args.precision,
+        seed=args.seed,
+    )
+
+
 def export(args: argparse.Namespace) -> None:
-    """Write the network as ONNX and say what the file takes and gives."""
-    import torch
-
-    from datasets import crop_size
-    from models import check_crop_size, load_network
-    from models.export import export_onnx
-
-    torch.manual_seed(args.seed)
-    model, what = load_network("cpu", args.checkpoint_path, args.backbone, args.weights, pooling_of(args), args.dim)
-    size = args.image_size or what.get("image_size") or DEFAULT_SIZE
+    """Write the network as ONNX, and say what the file takes and gives."""
+    embedder = load_embedder(args, "cpu")
+    size = args.image_size or embedder.image_size or DEFAULT_IMAGE_SIZE
     crop = crop_size(size)
-    check_crop_size(model.backbone_name, crop)
-    export_onnx(model, args.onnx, crop, what["features"], args.flip_eval)
-    print(f"{args.onnx}: {what['features']} of {what['backbone']}; images uint8 RGB (batch, {crop}, {crop}, 3), the "
-          f"centre of images squashed to {size} px; features float32, of unit length")  # fmt: skip
+    check_crop_size(embedder.model.backbone_name, crop)
+    export_onnx(embedder.model, args.onnx, crop, embedder.features, embedder.flip)
+    print(
+        f"{args.onnx}: {embedder.features} of {embedder.facts['backbone']}; images uint8 RGB "
+        f"(batch, {crop}, {crop}, 3), the center of images squashed to {size} px; features "
+        "float32, of unit length"
+    )
 
 
 def embed(args: argparse.Namespace, stop: StopRequest) -> None:
-    """Load the network, open or continue the file, append batch after batch."""
-    import torch
-
-    from datasets import crop_size
-    from models import check_crop_size, load_network
-    from utils.devices import choose_device
-    from utils.embeddings import EmbeddingWriter, network_hash
-    from utils.features import extract_features
-
+    """Embed all images, in batches that are appended to the file."""
     with stop.at_once():
-        device = choose_device(args.device)
-        torch.manual_seed(args.seed)
-        model, what = load_network(device, args.checkpoint_path, args.backbone, args.weights, pooling_of(args),
-                                   args.dim)  # fmt: skip
-        if what.get("flip_eval") and not args.flip_eval:
-            print(FLIP_HINT, flush=True)
-        source = open_source(args, what)
-        check_crop_size(model.backbone_name, crop_size(source.image_size))
-        dimension = what["low_dim"] if args.checkpoint_path else model.pooled_dim
-        facts = {
-            "backbone": what["backbone"], "features": what["features"], "network_sha256": network_hash(model),
-            "image_size": source.image_size, "precision": args.precision, "source": source.fingerprint(),
-            "images": len(source), **model.pooling.options(), "dim": args.dim, "flip_eval": args.flip_eval,
-        }  # fmt: skip
-        writer = EmbeddingWriter(Path(args.out), facts, dimension, args.half, args.overwrite)
-    if writer.done:
+        embedder = load_embedder(args, args.device)
+        source = open_source(args, embedder.image_size)
+        check_crop_size(embedder.model.backbone_name, crop_size(source.image_size))
+        facts = embedder.facts | embedder.location | source.facts()
+        facts["dtype"] = "float16" if args.half else "float32"
+        writer = EmbeddingWriter(Path(args.out), facts, args.overwrite)
+    if writer.complete:
         print(f"{args.out}: is complete already, {writer.rows} rows")
         return
-    where = {"checkpoint": what["checkpoint"], "weights": what["weights"], "seed": args.seed}  # to find it again
-    writer.facts |= where
     if writer.images:
         print(f"{args.out}: going on after {writer.images} of {len(source)} images")
-    try:
-        batches = source.batches(args.test_batch, args.workers, writer.images)
-        for crops in progress(batches, (len(source) - writer.images) / args.test_batch, "embedding"):
-            refuse_unreadable(args, source, crops)
-            rows = torch.empty(0, dimension)
-            if len(crops.rows):
-                pooled, embeddings = extract_features(model, [crops.pixels], args.precision, flip=args.flip_eval)
-                rows = pooled if args.backbone else embeddings
-            listed = [(source.paths[row], source.classes[row]) for row in crops.rows]
-            faults = [(source.paths[row], reason) for row, reason in crops.unreadable]
-            writer.add(rows.numpy(), listed, len(listed) + len(faults), faults)
+    batches = batches_of(source, args.test_batch, args.workers, writer.images)
+    n_batches = (len(source) - writer.images) / args.test_batch
+    with closing(writer):
+        for crops in progress(batches, n_batches, "embedding"):
+            if not args.skip_bad:
+                refuse_unreadable(crops)
+            writer.add(embedder(crops.pixels), crops.listed, crops.unreadable)
             stop.check()
+        if writer.rows == 0:
+            raise UserError(f"{args.images}: none of its images can be read")
         writer.finish()
-    finally:
-        writer.close()
-    left_out = f"; {len(writer.unreadable)} unreadable images are left out, see the .json" if writer.unreadable else ""
-    print(f"{args.out}: {writer.rows} rows of {dimension}, {writer.facts['dtype']}, {what['features']} of "
-          f"{what['backbone']} at {source.image_size} px{left_out}")  # fmt: skip
+    print(
+        f"{args.out}: {writer.rows} rows of {embedder.dimension}, {facts['dtype']}, "
+        f"{embedder.features} of {facts['backbone']} at {source.image_size} px"
+    )
+    if writer.unreadable:
+        print(f"{len(writer.unreadable)} unreadable images are left out, see the .json")
 
 
-def pooling_of(args: argparse.Namespace) -> Pooling:
-    """What --layers, --pool and --stripes say."""
-    from models import Pooling
-
-    return Pooling.parse(args.layers, args.pool, False, args.stripes)
-
-
-def open_source(args: argparse.Namespace, what: dict) -> FileSource | ArraySource:
-    """The images to embed."""
-    from datasets import load_split
-    from datasets.folder import ArraySource, FileSource
-    from utils.images import find_images
-
+def open_source(args: argparse.Namespace, trained_size: int | None) -> FileSource | ArraySource:
+    """Open the images; files are squashed to the size of the training, or to --image_size."""
     if args.images:
-        return FileSource(find_images(Path(args.images)), args.image_size or what.get("image_size") or DEFAULT_SIZE)
-    names = ("training", "validation") if args.split == "all" else (args.split,)
-    first = load_split(args.data_dir, args.dataset, names[0], args.image_size)
-    others = [load_split(args.data_dir, args.dataset, name, first.image_size) for name in names[1:]]
-    return ArraySource([first, *others])
+        size = args.image_size or trained_size or DEFAULT_IMAGE_SIZE
+        return FileSource(find_images(Path(args.images)), size)
+    names = SPLITS[1:] if args.split == "all" else [args.split]
+    splits = []
+    size = args.image_size
+    for name in names:
+        splits.append(load_split(args.data_dir, args.dataset, name, size))
+        size = splits[0].image_size
+    return ArraySource(splits)
 
 
-def refuse_unreadable(args: argparse.Namespace, source: FileSource | ArraySource, crops: Crops) -> None:
-    """Raise UserError naming the first unreadable images of a batch, unless they are to be left out."""
-    if crops.unreadable and not args.skip_bad:
-        named = ", ".join(f"{source.paths[row]} ({reason})" for row, reason in crops.unreadable[:NAMED])
-        raise UserError(f"unreadable, perhaps among others: {named}; mend or remove them, or leave such images out "
-                        "with --skip_bad")  # fmt: skip
+def refuse_unreadable(crops: Crops) -> None:
+    """Raise UserError that names the first unreadable images of a batch, if there are any."""
+    names = [f"{path} ({reason})" for path, reason in crops.unreadable[:MOST_NAMED]]
+    if names:
+        raise UserError(
+            f"unreadable, perhaps among others: {', '.join(names)}; mend or remove them, or leave "
+            "such images out with --skip_bad"
+        )
 
 
 if __name__ == "__main__":

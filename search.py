@@ -1,188 +1,135 @@
-"""Search the images of an embeddings file of embed.py for those most like some query images."""
+"""Search the images of a file of embeddings for those most like some query images."""
 
 from __future__ import annotations
 
-from utils.stopping import StopRequest, interrupt_in_one_line
-
-if __name__ == "__main__":
-    interrupt_in_one_line()  # the imports below take a while
-
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from utils.arguments import LARGEST_MEMORY, Parser, name_of, path_name, whole
+import numpy as np
+
+from datasets.folder import FileSource, batches_of
+from datasets.images import find_images
+from models.embedder import Embedder
+from utils.devices import choose_device
+from utils.embeddings import open_embeddings
 from utils.errors import UserError, run_script
-from utils.files import check_target
-from utils.process import share_cores
+from utils.files import check_target, write_json, written_whole
+from utils.index import KINDS, Index
+from utils.options import Parser, add_machine, name_of, path_name, whole
 from utils.progress import progress
-
-if TYPE_CHECKING:  # --help does not wait for these
-    import numpy as np
+from utils.sheets import MOST_ROWS, contact_sheet
+from utils.signals import StopRequest
 
 
 def make_parser() -> Parser:
-    """The options, named as those of embed.py and test.py."""
-    p = Parser(description="Find the images of an embeddings file that are most like some query images.")
-    p.add_argument(
-        "--embeddings", type=path_name, metavar="FILE.npy", help="made by embed.py; its network embeds the queries, too"
+    """Declare the options."""
+    parser = Parser("Find the images of a file of embeddings that are most like some query images.")
+    add = parser.add_argument_group("search").add_argument
+    add("--embeddings", type=path_name, required=True, metavar="FILE.npy", help="of embed.py")
+    add("--query", type=path_name, required=True, nargs="+", help="images, and folders of images")
+    add("--k", type=whole(1), default=10, help="hits of each query; the query itself is no hit")
+    add(
+        "--index",
+        type=name_of(KINDS),
+        default="exact",
+        help="exact, or approximate for millions of images: ivf, hnsw, whose recall is measured",
     )
-    p.add_argument(
-        "--query", nargs="+", type=path_name, default=[], metavar="PATH", help="images, and folders of images"
-    )
-    p.add_argument("--k", type=whole(1), default=10, help="hits for each query; the query itself is no hit")
-    g = p.add_argument_group("search")
-    g.add_argument("--index", type=name_of(("exact", "ivf", "hnsw")), default="exact",
-                   help="ivf, hnsw: approximate, for millions of images (faiss); the recall against exact is "
-                   "measured and printed")  # fmt: skip
-    g.add_argument("--nprobe", type=whole(1), default=16, help="of --index ivf: cells looked into; more find more")
-    g.add_argument("--ef_search", type=whole(1), default=64, help="of --index hnsw: candidates kept; more find more")
-    g.add_argument(
-        "--eval_memory_mb", type=whole(1, LARGEST_MEMORY), default=512, help="MiB for the search beside the embeddings"
-    )
-    g = p.add_argument_group("output")
-    g.add_argument("--json", type=path_name, metavar="FILE", help="write the hits as JSON")
-    g.add_argument("--sheet", type=path_name, metavar="FILE.png", help="draw queries, each with its hits to the right")
-    g = p.add_argument_group("machine")
-    g.add_argument(
-        "--checkpoint_path",
-        type=path_name,
-        metavar="FILE",
-        help="where the network's checkpoint is now, if it was moved",
-    )
-    g.add_argument("--test_batch", type=whole(1), default=100, help="images a batch")
-    g.add_argument(
-        "--workers", type=whole(0, 1024), default=2, help="threads that read images ahead; changes speed alone"
-    )
-    g.add_argument("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: cuda if there is one")
-    return p
+    add("--nprobe", type=whole(1), default=16, help="of ivf: cells to look into; more find more")
+    add("--ef_search", type=whole(1), default=64, help="of hnsw: candidates; more find more")
+    add("--checkpoint_path", type=path_name, help="of the embeddings, if it was moved")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=path_name, metavar="FILE", help="write the hits as JSON")
+    add("--sheet", type=path_name, metavar="FILE.png", help="draw the queries and their hits")
+    add_machine(parser, neighbors=False)
+    return parser
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The options, checked against each other."""
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the options and check them against each other."""
     parser = make_parser()
     args = parser.parse(argv)
-    if args.embeddings is None or not args.query:
-        parser.error("give --embeddings FILE.npy and --query PATH ...")
-    for option, index in (("nprobe", "ivf"), ("ef_search", "hnsw")):
-        if option in args.given and args.index != index:
-            parser.error(f"--{option} goes with --index {index}")
+    for name, kind in (("nprobe", "ivf"), ("ef_search", "hnsw")):
+        if name in args.given and args.index != kind:
+            parser.error(f"--{name} goes with --index {kind}")
     try:
-        for target, ending in ((args.json, ""), (args.sheet, ".png")):
-            if target:
-                check_target(target, ending)
+        if args.json:
+            check_target(args.json)
+        if args.sheet:
+            check_target(args.sheet, ".png")
     except UserError as error:
         parser.error(str(error))
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Read the options, then do the work."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Embed the queries, find their neighbors, print them and write the files."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    share_cores()
-    import models  # noqa: F401  # and torch: slow, so before StopRequest takes over
-
     with StopRequest() as stop, stop.at_once():
-        search(args)
+        rows, paths, facts = open_embeddings(Path(args.embeddings))
+        embedder = Embedder.from_facts(facts, choose_device(args.device), args.checkpoint_path)
+        source = FileSource(query_paths(args.query), facts["image_size"])
+        embeddings = embed_queries(args, embedder, source)
+        index = Index(rows, args.index, nprobe=args.nprobe, ef_search=args.ef_search)
+        print(f"{args.embeddings}: {len(rows)} images; {index.description}")
+        if args.index != "exact":
+            recall, n_queries = index.recall(args.k)
+            share = f"{100 * recall:.2f} % (on {n_queries} of the images)"
+            print(f"recall@{args.k} against exact search: {share}")
+        k = min(args.k + 1, len(rows))  # a query may find itself
+        results = zip(source.paths, *index.search(embeddings, k), strict=True)
+        answers = [make_answer(*result, paths, args.k) for result in results]
+        print_answers(answers)
+        write_files(args, answers)
     return 0
 
 
-def search(args: argparse.Namespace) -> None:
-    """Embed the queries, find their neighbours, print, write."""
-    from datasets.folder import read_table
-    from utils.embeddings import names_of, open_embeddings
-    from utils.neighbours import Neighbours, Settings
-
-    file = Path(args.embeddings)
-    rows, facts = open_embeddings(file)
-    paths = [path for (path,) in read_table(names_of(file)["csv"], ("path",))]
-    if len(paths) != len(rows):
-        raise UserError(f"{names_of(file)['csv']}: lists {len(paths)} images, not {len(rows)}; run embed.py again")
-    queries = query_paths(args.query)
-    embeddings = embed_queries(args, queries, facts)
-    settings = Settings(args.index, args.nprobe, args.ef_search, memory_mb=args.eval_memory_mb)
-    neighbours = Neighbours(rows, settings)
-    print(f"{file}: {len(rows)} images; {neighbours.description}")
-    if args.index != "exact":
-        recall, sample = neighbours.recall(args.k)
-        print(f"recall@{args.k} against exact search: {100 * recall:.2f} % (on {sample} of the images)")
-    found = neighbours.search(embeddings, min(args.k + 1, len(rows)))  # one more: a query may find itself
-    answers = [answer(query, *hits, paths, args.k) for query, *hits in zip(queries, *found, strict=True)]
-    print_answers(answers)
-    write_outputs(args, answers)
-
-
-def query_paths(given: list[str]) -> list[str]:
-    """The query images, absolute paths in the order given; a folder stands for all of its images."""
-    import os
-
-    from utils.images import find_images
-
-    found = []
-    for name in given:
+def query_paths(names: Sequence[str]) -> list[Path]:
+    """List the query images in the order of the options; a folder stands for all of its images."""
+    paths = []
+    for name in names:
         path = Path(name)
         if not path.exists():
             raise UserError(f"--query {name}: no such file; give images or folders of images")
-        found += find_images(path) if path.is_dir() else [path]
-    return [os.path.abspath(path) for path in found]
+        paths += find_images(path) if path.is_dir() else [path]
+    return paths
 
 
-def embed_queries(args: argparse.Namespace, queries: list[str], facts: dict) -> np.ndarray:
-    """The queries (Q, D) by the very network of the embeddings file; UserError where it is no longer to be had."""
-    import torch
-
-    from datasets.folder import FileSource
-    from models import Pooling, load_network
-    from utils.devices import choose_device
-    from utils.embeddings import network_hash
-    from utils.features import extract_features
-
-    device = choose_device(args.device)
-    frozen = facts["features"] == "pooled"
-    checkpoint = None if frozen else args.checkpoint_path or facts["checkpoint"]
-    torch.manual_seed(facts["seed"])
-    pooling = Pooling.parse(facts.get("layers"), facts.get("pool"), False, facts.get("stripes"))
-    model, _ = load_network(device, checkpoint, facts["backbone"], facts["weights"], pooling, facts.get("dim"))
-    if network_hash(model) != facts["network_sha256"]:
-        raise UserError(f"{checkpoint or facts['weights']}: is no longer the network that made {args.embeddings}; give "
-                        "its --checkpoint_path, or embed the images again")  # fmt: skip
-    source = FileSource(queries, facts["image_size"])
+def embed_queries(args: argparse.Namespace, embedder: Embedder, source: FileSource) -> np.ndarray:
+    """Embed the query images: (Q, D)."""
     parts = []
-    for crops in progress(source.batches(args.test_batch, args.workers), len(source) / args.test_batch, "queries"):
+    batches = batches_of(source, args.test_batch, args.workers)
+    for crops in progress(batches, len(source) / args.test_batch, "queries"):
         if crops.unreadable:
-            row, reason = crops.unreadable[0]
-            raise UserError(f"--query {queries[row]}: {reason}; leave it out")
-        found = extract_features(model, [crops.pixels], facts["precision"], flip=facts.get("flip_eval", False))
-        parts.append(found[0 if frozen else 1])
-    return torch.cat(parts).numpy()
+            path, reason = crops.unreadable[0]
+            raise UserError(f"--query {path}: {reason}; leave it out")
+        parts.append(embedder(crops.pixels))
+    return np.concatenate(parts)
 
 
-def answer(query: str, distances: np.ndarray, rows: np.ndarray, paths: list[str], k: int) -> dict:
-    """The hits of a query, nearest first, without itself: {"query": .., "hits": [{"rank", "distance", "path"}]}."""
-    found = [(float(d), paths[row]) for d, row in zip(distances, rows, strict=True) if row >= 0 and paths[row] != query]
-    hits = [{"rank": rank, "distance": d, "path": path} for rank, (d, path) in enumerate(found[:k], 1)]
+def make_answer(
+    query: str, distances: np.ndarray, numbers: np.ndarray, paths: Sequence[str], k: int
+) -> dict:
+    """Name the k hits of a query, nearest first, without itself."""
+    hits = []
+    for distance, number in zip(distances, numbers, strict=True):
+        if number >= 0 and paths[number] != query and len(hits) < k:
+            rank = len(hits) + 1
+            hits.append({"rank": rank, "distance": float(distance), "path": paths[number]})
     return {"query": query, "hits": hits}
 
 
-def print_answers(answers: list[dict]) -> None:
-    """A line for each query, then one for each hit: rank, distance, path."""
-    for one in answers:
-        print(shown(one["query"]))
-        for hit in one["hits"]:
-            print(f"{hit['rank']:>4}  {hit['distance']:.4f}  {shown(hit['path'])}")
+def print_answers(answers: Sequence[dict]) -> None:
+    """Print each query, then a line for each hit."""
+    for answer in answers:
+        print(answer["query"])
+        for hit in answer["hits"]:
+            print(f"{hit['rank']:>4}  {hit['distance']:.4f}  {hit['path']}")
 
 
-def shown(path: str) -> str:
-    """A path that any terminal can print."""
-    return path.encode("utf-8", errors="backslashreplace").decode()
-
-
-def write_outputs(args: argparse.Namespace, answers: list[dict]) -> None:
-    """The files asked for, each written whole."""
-    from utils.files import write_json, written_whole
-    from utils.sheets import MOST_ROWS, contact_sheet
-
+def write_files(args: argparse.Namespace, answers: list[dict]) -> None:
+    """Write the files that the options ask for."""
     if args.json:
         write_json(args.json, answers)
     if args.sheet:

@@ -14,30 +14,38 @@ import numpy as np
 
 from utils.errors import UserError
 
-SMALLEST_IMAGE_SIZE = 8  # px, of pre-processing too
-SCRIPTS = ("cub200", "car196", "sop", "inshop", "glyphs")  # with a pre_process script each
+SMALLEST_IMAGE_SIZE = 8  # pixels
+DEFAULT_IMAGE_SIZE = 256  # pixels, of the released code
+SCRIPTS = ("cub200", "car196", "sop", "inshop", "glyphs")  # data sets with a script of their own
 HASH_BLOCK = 16 << 20  # bytes
-UNLABELLED = -1  # the label of every image of a data set without labels
-WITH_ROLES = ("inshop",)  # their test images are queries and gallery
-QUERY, GALLERY = 0, 1  # roles
+UNLABELED = -1  # the label of every image of a data set without labels
+QUERY = 0  # role of the images that search the gallery; every other role is the gallery
 
 
 @dataclass(frozen=True)
 class Split:
-    """One half of a data set: images uint8 RGB (N, S, S, 3), memory-mapped; labels int64 (N,); the image file.
+    """One half of a data set, or a part of a half (see `hold_out`).
 
-    A part of a half (see `hold_out`) has the images of the whole half, and of them the `rows` that are its own.
+    Attributes:
+        images: uint8 RGB array (M, S, S, 3) of the whole half, memory-mapped.
+        labels: int64 array (N,).
+        path: the file of the images.
+        rows: int64 array (N,), where each image of the part lies in `images`.
+        roles: int64 array (N,), QUERY or gallery; None if every image searches all others.
     """
 
     images: np.ndarray
     labels: np.ndarray
     path: Path
-    stamp: tuple[int, ...] = ()  # of the image file when it was opened: device, inode, size, time of its last change
-    roles: np.ndarray | None = None  # int64 (N,), QUERY or GALLERY; None: every image searches all others
-    rows: np.ndarray | None = None  # (n,) which images are this part's, with labels (n,); None: all
+    rows: np.ndarray
+    roles: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        classes = f"of {len(self.classes)} classes" if self.labeled else "without labels"
+        return f"{len(self)} images {classes}"
 
     @property
     def image_size(self) -> int:
@@ -45,170 +53,162 @@ class Split:
         return self.images.shape[1]
 
     @property
-    def labelled(self) -> bool:
-        """Whether the classes are known; without them training works and nothing can be scored."""
-        return bool(self.labels[0] != UNLABELLED)
+    def labeled(self) -> bool:
+        """Whether the classes are known. Without them training works, and nothing can be scored."""
+        return bool(self.labels[0] != UNLABELED)
 
     @property
-    def label_path(self) -> Path:
-        """The file of the labels."""
-        return self.path.with_name(self.path.name.replace("_img.npy", "_label.npy"))
+    def classes(self) -> np.ndarray:
+        """The class numbers that are present, ascending."""
+        return np.unique(self.labels)
 
-    @property
-    def role_path(self) -> Path:
-        """The file of the roles, where there is one."""
-        return self.path.with_name(self.path.name.replace("_img.npy", "_role.npy"))
+    def class_numbers(self) -> np.ndarray:
+        """Return the classes of the images, numbered from 0: int64 (N,).
+
+        Raises UserError if there are no labels.
+        """
+        if not self.labeled:
+            raise UserError(f"{self.path}: has no labels, which this method goes by")
+        return np.unique(self.labels, return_inverse=True)[1].astype(np.int64)
 
     @property
     def is_query(self) -> np.ndarray | None:
-        """Which images are queries, bool (N,), the others being their gallery; None: each image searches all others."""
+        """Bool array (N,): which images are queries; None if every image searches all others."""
         return None if self.roles is None else self.roles == QUERY
 
-    def hold_out(self, classes: int) -> tuple[Split, Split]:
-        """This half without its last `classes` classes by number, and these: nothing is copied.
+    def hold_out(self, n_classes: int) -> tuple[Split, Split]:
+        """Divide this half by classes: all but the last `n_classes` classes by number, and these.
 
-        Raises UserError where there are no labels, or fewer than two classes on either side.
+        Raises UserError if there are no labels, or fewer than two classes on either side.
         """
-        if not self.labelled:
-            raise UserError(f"--val_classes {classes}: {self.label_path} holds no labels; leave the option out")
-        present = np.unique(self.labels)
-        if classes < 2 or len(present) - classes < 2:
-            raise UserError(f"--val_classes {classes}: the training half has {len(present)} classes; hold out at least "
-                            "2 and leave at least 2 to train on")  # fmt: skip
-        held = self.labels >= present[-classes]
-        return tuple(replace(self, rows=np.flatnonzero(own), labels=self.labels[own]) for own in (~held, held))
+        if not self.labeled:
+            raise UserError(f"{self.path}: has no labels, so no classes can be held out")
+        if n_classes < 2 or len(self.classes) - n_classes < 2:
+            raise UserError(
+                f"{self.path}: the training half has {len(self.classes)} classes; hold out at "
+                f"least 2 "
+                f"and leave at least 2 to train on, not {n_classes}"
+            )
+        is_held = self.labels >= self.classes[-n_classes]
+        return self._part(~is_held), self._part(is_held)
 
-    def check_unchanged(self) -> None:
-        """Raise UserError if the image file has been written to since it was opened; a look at its entry, microseconds.
-
-        Whoever reads a page that a shortened file no longer has is ended by the system without a word. A file put in
-        its place under the same name does no harm: what was opened stays as it was.
-        """
-        try:
-            now = _stamp(self.path)
-        except OSError:
-            return  # removed: what was opened stays
-        if now[:2] == self.stamp[:2] and now != self.stamp:
-            raise UserError(f"{self.path}: was changed while it was in use; put the old file back and go on from there")
+    def _part(self, mask: np.ndarray) -> Split:
+        return replace(self, rows=self.rows[mask], labels=self.labels[mask])
 
     def fingerprint(self) -> dict[str, str]:
-        """Dtype, shape and content of the arrays, in words: {"images": .., "labels": ..}, and "roles" if it has them.
+        """Return dtype, shape and SHA-256 of the whole half's arrays: {"images": .., "labels": ..}.
 
-        Labels and roles count as int64.
-
-        The content is the SHA-256 of the SHA-256s of blocks of 16 MiB: every byte counts, all cores work.
+        The hash is that of the hashes of blocks of 16 MiB, so that all cores work on it.
         """
-        self.check_unchanged()
         arrays = {"images": self.images, "labels": self.labels, "roles": self.roles}
         return {name: _fingerprint(array) for name, array in arrays.items() if array is not None}
-
-
-def load_split(data_dir: str | os.PathLike, dataset: str, split: str, image_size: int | None = None) -> Split:
-    """Open `training` or `validation` (the test half) of a pre-processed data set.
-
-    data_dir: the folder that holds `<dataset>/`, or that folder itself. image_size: which size to take when
-    pre-processing made several; None takes the only one (256 if it is among several).
-    The test half may have a file of roles beside it, `..._role.npy`. Raises UserError naming the file when it is
-    missing or not what pre-processing writes.
-    """
-    folder = Path(data_dir) / dataset
-    if not folder.is_dir() and Path(data_dir).name == dataset:
-        folder = Path(data_dir)
-    size = image_size or _only_size(folder, dataset, split)
-    stem = f"{split}_{dataset}_{size}resized"
-    path = folder / f"{stem}_img.npy"
-    images = _open_array(path, dataset)
-    labels = _open_array(folder / f"{stem}_label.npy", dataset)
-    if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2] or images.dtype != np.uint8:
-        raise UserError(
-            f"{path}: expected uint8 images (N, S, S, 3), found {images.dtype} {images.shape}; pre-process again"
-        )
-    if images.shape[1] != size or size < SMALLEST_IMAGE_SIZE:
-        raise UserError(
-            f"{path}: holds images of {images.shape[1]} px, not the {size} of its name, of {SMALLEST_IMAGE_SIZE} or "
-            f"more; pre-process again"
-        )
-    if not images.flags.c_contiguous and len(images):
-        raise UserError(f"{path}: stored in Fortran order; save it in C order, or pre-process again")
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(
-            f"{folder / f'{stem}_label.npy'}: expected integer labels (N,), found {labels.dtype} {labels.shape}; "
-            f"pre-process again"
-        )
-    if len(labels) != len(images):
-        raise UserError(f"{path}: {len(images)} images but {len(labels)} labels; pre-process again")
-    if len(labels) and len(np.unique(labels == UNLABELLED)) > 1:
-        raise UserError(f"{folder / f'{stem}_label.npy'}: -1 (no label) beside labels; give all images one, or none")
-    if len(images) < 2:
-        raise UserError(f"{path}: holds {len(images)} images; at least 2 are needed; pre-process again")
-    roles = None
-    if split == "validation":
-        roles = _open_roles(folder / f"{stem}_role.npy", dataset, len(images))
-    return Split(images, labels.astype(np.int64), path, _stamp(path), roles)
-
-
-def _open_roles(path: Path, dataset: str, count: int) -> np.ndarray | None:
-    """The roles of `count` images; None for a data set without; UserError for anything but queries and a gallery."""
-    if dataset not in WITH_ROLES and not path.exists():
-        return None
-    roles = _open_array(path, dataset)
-    if roles.shape != (count,) or roles.dtype.kind not in "iu":
-        raise UserError(
-            f"{path}: expected {count} roles, integers, one an image, found {roles.dtype} {roles.shape}; "
-            f"pre-process again"
-        )
-    if set(np.unique(roles).tolist()) != {QUERY, GALLERY}:
-        raise UserError(f"{path}: expected queries ({QUERY}) and a gallery ({GALLERY}); pre-process again")
-    return roles.astype(np.int64)
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    entry = os.stat(path)
-    return entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns
 
 
 def _fingerprint(array: np.ndarray) -> str:
     content = memoryview(array).cast("B")
     blocks = (content[start : start + HASH_BLOCK] for start in range(0, len(content), HASH_BLOCK))
-    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run meanwhile
+    with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)
-        return f"{array.dtype} {array.shape} sha256 {hashlib.sha256(b''.join(digests)).hexdigest()}"
+        digest = hashlib.sha256(b"".join(digests)).hexdigest()
+    return f"{array.dtype} {array.shape} sha256 {digest}"
+
+
+def load_split(
+    data_dir: str | os.PathLike, dataset: str, split: str, image_size: int | None = None
+) -> Split:
+    """Open the `training` or the `validation` (test) half of a pre-processed data set.
+
+    Args:
+        data_dir: the folder that holds `<dataset>/`, or that folder itself.
+        image_size: which size to take if pre-processing made several; None takes the only size, or
+            256.
+
+    Raises UserError that names the file if it is missing or not as pre-processing writes it.
+    """
+    folder = Path(data_dir) / dataset
+    if not folder.is_dir() and Path(data_dir).name == dataset:
+        folder = Path(data_dir)
+    size = image_size or _only_size(folder, dataset, split)
+    path = folder / f"{split}_{dataset}_{size}resized_img.npy"
+    images = _open_array(path, dataset)
+    labels = _open_array(beside(path, "label.npy"), dataset)
+    if (
+        images.shape[1:] != (size, size, 3)
+        or images.dtype != np.uint8
+        or size < SMALLEST_IMAGE_SIZE
+    ):
+        raise UserError(
+            f"{path}: expected uint8 images (N, {size}, {size}, 3), found {images.dtype} "
+            f"{images.shape}; pre-process again"
+        )
+    if not images.flags.c_contiguous:
+        raise UserError(f"{path}: stored in Fortran order; pre-process again")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{beside(path, 'label.npy')}: expected {len(images)} integer labels, found "
+            f"{labels.dtype} {labels.shape}; pre-process again"
+        )
+    if len(images) < 2:
+        raise UserError(f"{path}: holds {len(images)} images; at least 2 are needed")
+    if len(np.unique(labels == UNLABELED)) > 1:
+        raise UserError(
+            f"{beside(path, 'label.npy')}: -1 (no label) beside labels; label all or none"
+        )
+    roles = _open_roles(path, dataset) if split == "validation" else None
+    return Split(images, labels.astype(np.int64), path, np.arange(len(images)), roles)
+
+
+def beside(image_path: Path, ending: str) -> Path:
+    """Return the path of a file that belongs to an image file: ending label.npy, role.npy or
+    paths.csv.
+    """
+    return image_path.with_name(image_path.name.replace("_img.npy", f"_{ending}"))
+
+
+def _open_roles(image_path: Path, dataset: str) -> np.ndarray | None:
+    path = beside(image_path, "role.npy")
+    if dataset != "inshop" and not path.exists():
+        return None
+    roles = _open_array(path, dataset)
+    if roles.ndim != 1 or roles.dtype.kind not in "iu" or set(roles.tolist()) != {0, 1}:
+        raise UserError(f"{path}: expected queries (0) and a gallery (1); pre-process again")
+    return roles.astype(np.int64)
 
 
 def _only_size(folder: Path, dataset: str, split: str) -> int:
     pattern = re.compile(rf"{split}_{re.escape(dataset)}_(\d+)resized_img\.npy")
     names = os.listdir(folder) if folder.is_dir() else []
-    sizes = sorted(int(m.group(1)) for name in names if (m := pattern.fullmatch(name)))
+    sizes = sorted(int(match.group(1)) for name in names if (match := pattern.fullmatch(name)))
     if not sizes:
-        above = folder.parent
-        if any(pattern.fullmatch(path.name) for path in above.glob("*.npy")):
-            raise UserError(f"{folder}: holds no arrays of {dataset}, but {above} does; move them to {folder}")
-        raise UserError(f"{folder / f'{split}_{dataset}_256resized_img.npy'}: no such file; {_how_to_make(dataset)}")
-    if len(sizes) > 1 and 256 not in sizes:
-        raise UserError(f"{folder}: {dataset} is there in sizes {sizes}; choose one with --image_size")
-    return sizes[0] if len(sizes) == 1 else 256
+        file = folder / f"{split}_{dataset}_{DEFAULT_IMAGE_SIZE}resized_img.npy"
+        raise UserError(f"{file}: no such file; {_how_to_make(dataset)}")
+    if len(sizes) > 1 and DEFAULT_IMAGE_SIZE not in sizes:
+        raise UserError(f"{folder}: {dataset} is there in sizes {sizes}; choose an image size")
+    return sizes[0] if len(sizes) == 1 else DEFAULT_IMAGE_SIZE
 
 
 def _how_to_make(dataset: str) -> str:
     if dataset in SCRIPTS:
-        return f"make it with python pre_process/pre_process_{dataset}.py (see the README, Preprocessing)"
+        return f"make it with python pre_process/pre_process_{dataset}.py"
     return (
-        f"make it of a folder of images with python pre_process/pre_process_folder.py --images DIR --name {dataset} "
-        f"(data sets with a script of their own: {', '.join(SCRIPTS)})"
+        "make it from a folder of images with python pre_process/pre_process_folder.py --images "
+        "DIR "
+        f"--name {dataset} (data sets with a script of their own: {', '.join(SCRIPTS)})"
     )
 
 
 def _open_array(path: Path, dataset: str) -> np.ndarray:
-    """Memory-map an array, so that a header alone, whatever size it claims, takes no memory; objects are refused."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; {_how_to_make(dataset)}")
     if not path.is_file():
-        raise UserError(f"{path}: not a file; {_how_to_make(dataset)}")
+        raise UserError(f"{path}: no such file; {_how_to_make(dataset)}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of overflow in the product of a shape
+            warnings.simplefilter(
+                "ignore"
+            )  # about an overflow in the size that a damaged header claims
             return np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
-    except Exception:  # numpy's parser of headers raises almost anything for damaged ones
-        raise UserError(f"{path}: not a plain .npy array of numbers, or truncated; pre-process again") from None
+    except Exception:  # numpy raises almost anything for a damaged header
+        raise UserError(
+            f"{path}: not a plain .npy array of numbers, or truncated; pre-process again"
+        ) from None

@@ -1,13 +1,13 @@
-"""From stored images to network-sized crops: the random two views of training, the centre crop of everything else.
+"""From stored images to crops: two random views in training, the center crop everywhere else.
 
-All randomness of an epoch is drawn at once from a generator seeded by (seed, epoch). What a batch holds therefore
-depends on nothing else: not on the number of workers, nor on where a run was stopped and resumed.
+All randomness of an epoch is drawn at once by a generator seeded with (seed, epoch). A batch
+therefore depends neither on the number of workers nor on where a run was stopped and resumed.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,198 +15,199 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.arrays import Split
+from utils.errors import UserError
+
 FLIP_PROBABILITY = 0.75  # of the released code
-POSITIVE_PROBABILITY = 0.5
+POSITIVE_PROBABILITY = 0.5  # of the released code
+COPIED_AT_ONCE = 1024  # images
 
 
 def crop_size(image_size: int) -> int:
-    """Side of the crop that the network sees of stored images: 224 of 256, and 7/8 of any other size."""
+    """Return the side of the crop that the network sees: 224 of 256 pixels, 7/8 of other sizes."""
     return image_size * 7 // 8
 
 
 @dataclass(frozen=True)
-class Views:
-    """What to cut for a batch of B rows: image index, top, left (pixels), mirrored or not; each (B,)."""
+class Crops:
+    """What to cut for B rows: stored row, top, left (pixels) and mirrored or not, each (B,)."""
 
-    index: np.ndarray
+    row: np.ndarray
     top: np.ndarray
     left: np.ndarray
     flip: np.ndarray
 
 
 class EpochPlan:
-    """The order, crops, flips and second views of one epoch over N images of side S, in batches of m images."""
+    """The batches of one epoch: which images, and which crops of them."""
 
     def __init__(
         self,
-        count: int,
+        split: Split,
         batch_size: int,
-        image_size: int,
         seed: int,
         epoch: int,
         positives: np.ndarray | None = None,
-        share: tuple[int, int] = (0, 1),
-        rows: np.ndarray | None = None,
         neighbors: np.ndarray | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        """positives: (N,) index of each image's positive; the second view is of it or of the image itself, by coin.
+        """Draw an epoch over N images.
 
-        neighbors: (N, g - 1) index of the nearest neighbours of each image, for batches of m / g images drawn at random
-        and their neighbours, m in all (in which an image may be there twice).
-
-        rows: (N,) where each image lies among those stored; None for images stored alone and in order.
-
-        share: (r, n) gives of every batch's images the r-th of n parts (those of one of n processes).
+        Args:
+            batch_size: m, images a batch; the last incomplete batch is dropped.
+            positives: (N,) the positive of each image. The second view is of the positive or of
+                the image itself, with probability 1/2 each. None: always of the image itself.
+            neighbors: (N, G - 1) nearest neighbors of each image. A batch is then m / G images
+                drawn at random, each followed by its neighbors. None: every image is drawn once.
+            share: (r, n) takes the r-th of n equal parts of every batch, that of one of n
+                processes.
         """
-        if not 1 <= batch_size <= count:
-            raise ValueError(f"a batch of {batch_size} images needs at least as many; there are {count}")
-        if batch_size % share[1]:
-            raise ValueError(f"a batch of {batch_size} images cannot be shared by {share[1]} processes")
         rng = np.random.default_rng([seed, epoch])
-        margin = image_size - crop_size(image_size)
-        self.batch_size, self.share, self.rows = batch_size, share, rows
-        self.order = rng.permutation(count)  # (N,)
+        count = len(split)
+        margin = split.image_size - crop_size(split.image_size)
+        order = rng.permutation(count)
         if neighbors is not None:
-            groups = count // batch_size * batch_size // (1 + neighbors.shape[1])
-            drawn = self.order[:groups, None]
-            self.order = np.concatenate([drawn, neighbors[drawn[:, 0]]], 1).reshape(-1)
-        self.top, self.left = rng.integers(0, margin + 1, (2, 2, count))  # (2, N) each, a row for each view
-        self.flip = rng.random((2, count)) < FLIP_PROBABILITY  # (2, N)
-        take_positive = rng.random(count) < POSITIVE_PROBABILITY  # (N,)
-        itself = np.arange(count)
-        self.second = itself if positives is None else np.where(take_positive, positives, itself)  # (N,)
+            n_groups = count // batch_size * batch_size // (1 + neighbors.shape[1])
+            drawn = order[:n_groups, None]
+            order = np.concatenate([drawn, neighbors[drawn[:, 0]]], 1).reshape(-1)
+        self.batch_size = batch_size
+        self.share = share
+        self.order = order  # (P,), an image number for each place of the epoch
+        self.corners = rng.integers(0, margin + 1, (2, 2, len(order)))  # (top or left, view, place)
+        self.flips = rng.random((2, len(order))) < FLIP_PROBABILITY  # (view, place)
+        self.second = order  # (P,), the image of the second view
+        if positives is not None:
+            takes_positive = rng.random(len(order)) < POSITIVE_PROBABILITY
+            self.second = np.where(takes_positive, positives[order], order)
+        self.rows = split.rows
 
     def __len__(self) -> int:
-        """Number of batches; the last incomplete one is dropped."""
+        """Return the number of batches."""
         return len(self.order) // self.batch_size
 
-    def images(self, batch: int) -> np.ndarray:
-        """Index (m,) of the images of a batch, or of the share of it."""
-        part, parts = self.share
-        images = self.batch_size // parts
-        start = batch * self.batch_size + part * images
-        return self.order[start : start + images]
+    def places(self, batch: int) -> slice:
+        """Return the places (m / n) of this process's share of a batch."""
+        part, n_parts = self.share
+        size = self.batch_size // n_parts
+        start = batch * self.batch_size + part * size
+        return slice(start, start + size)
 
-    def views(self, batch: int) -> Views:
-        """The 2m rows of a batch (of the share): first views of its images, then second views in the same order."""
-        images = self.images(batch)
-        both = [np.concatenate([a[0, images], a[1, images]]) for a in (self.top, self.left, self.flip)]
-        index = np.concatenate([images, self.second[images]])
-        return Views(index if self.rows is None else self.rows[index], *both)
+    def index(self, batch: int) -> np.ndarray:
+        """Return the image numbers (m / n,) of this process's share of a batch."""
+        return self.order[self.places(batch)]
+
+    def crops(self, batch: int) -> Crops:
+        """Return the crops of a batch: first views of its images, then second views in that order."""
+        places = self.places(batch)
+        images = np.concatenate([self.order[places], self.second[places]])
+        draws = (*self.corners, self.flips)
+        top, left, flip = (np.concatenate([d[0, places], d[1, places]]) for d in draws)
+        return Crops(self.rows[images], top, left, flip)
 
 
-def cut_views(images: np.ndarray, views: Views, crop: int) -> np.ndarray:
-    """Cut the crops of a batch: images uint8 (N, S, S, 3) -> uint8 (B, crop, crop, 3)."""
-    pixels = images.view("V3")[..., 0]  # (N, S, S): three bytes move as one, which makes mirroring ten times faster
-    out = np.empty((len(views.index), crop, crop), pixels.dtype)
-    for row, (index, top, left, flip) in enumerate(zip(views.index, views.top, views.left, views.flip, strict=True)):
-        patch = pixels[index, top : top + crop, left : left + crop]
-        out[row] = patch[:, ::-1] if flip else patch
+def cut_crops(images: np.ndarray, crops: Crops, size: int) -> np.ndarray:
+    """Cut crops: images uint8 (M, S, S, 3) -> uint8 (B, size, size, 3)."""
+    pixels = images.view("V3")[..., 0]  # three bytes move as one: mirroring is ten times faster
+    out = np.empty((len(crops.row), size, size), pixels.dtype)
+    fields = zip(crops.row, crops.top, crops.left, crops.flip, strict=True)
+    for place, (row, top, left, flip) in enumerate(fields):
+        patch = pixels[row, top : top + size, left : left + size]
+        out[place] = patch[:, ::-1] if flip else patch
     return out.view(np.uint8).reshape(*out.shape, 3)
 
 
-class TwoViewLoader:
-    """Iterate an epoch: (views uint8 (2m, crop, crop, 3), image index (m,)), batches cut ahead by worker threads."""
-
-    def __init__(
-        self,
-        images: np.ndarray,
-        plan: EpochPlan,
-        workers: int = 2,
-        first_batch: int = 0,
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
-        """check: called before and after the images of a batch are read; may raise."""
-        self.images, self.plan, self.workers, self.first_batch = images, plan, workers, first_batch
-        self.check = check
-
-    def __len__(self) -> int:
-        return len(self.plan) - self.first_batch
-
-    def _batch(self, number: int) -> tuple[Tensor, Tensor]:
-        crops = cut_views(self.images, self.plan.views(number), crop_size(self.images.shape[1]))
-        return torch.from_numpy(crops), torch.from_numpy(self.plan.images(number))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from _ahead(self._batch, range(self.first_batch, len(self.plan)), self.workers, self.check)
+def gather_crops(images: Tensor, crops: Crops, size: int) -> Tensor:
+    """Do what `cut_crops` does, by one gather on the device where the images lie."""
+    offsets = np.arange(size)
+    columns = np.where(crops.flip[:, None], offsets[::-1], offsets)
+    places = (
+        crops.row[:, None, None],
+        (crops.top[:, None] + offsets)[:, :, None],
+        (crops.left[:, None] + columns)[:, None, :],
+    )
+    index = tuple(torch.from_numpy(p).to(images.device, non_blocking=True) for p in places)
+    return images[index]
 
 
-class ResidentLoader:
-    """As `TwoViewLoader`, from images that lie on the device: every batch is one gather there, nothing is copied."""
+def images_on(device: torch.device, images: np.ndarray, data_on: str) -> np.ndarray | Tensor:
+    """Copy the stored images (M, S, S, 3) to a GPU, or leave them in their file.
 
-    def __init__(self, images: Tensor, plan: EpochPlan, first_batch: int = 0) -> None:
-        """images: uint8 (N, S, S, 3) on the device."""
-        self.images, self.plan, self.first_batch = images, plan, first_batch
+    Args:
+        data_on: device, host, or auto: the GPU if half of its free memory holds them.
 
-    def __len__(self) -> int:
-        return len(self.plan) - self.first_batch
+    Raises UserError if they should be on a GPU and there is none.
+    """
+    if device.type == "cpu" and data_on == "device":
+        raise UserError("there is no GPU to hold the images; leave them on the host")
+    if device.type == "cpu" or data_on == "host":
+        return images
+    if data_on == "auto" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return images
+    resident = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), COPIED_AT_ONCE):
+        block = images[start : start + COPIED_AT_ONCE]
+        resident[start : start + COPIED_AT_ONCE] = torch.from_numpy(block.copy())
+    return resident
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in range(self.first_batch, len(self.plan)):
-            yield gather_views(self.images, self.plan.views(number)), torch.from_numpy(self.plan.images(number))
 
+def two_view_batches(
+    images: np.ndarray | Tensor, plan: EpochPlan, workers: int, first_batch: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate an epoch: views uint8 (2m, crop, crop, 3) and image numbers (m,) of each batch.
 
-def gather_views(images: Tensor, views: Views) -> Tensor:
-    """`cut_views` on a device: images uint8 (N, S, S, 3) -> uint8 (B, crop, crop, 3)."""
-    crop = crop_size(images.shape[1])
-    offsets = np.arange(crop)
-    rows = views.top[:, None] + offsets  # (B, crop)
-    columns = views.left[:, None] + np.where(views.flip[:, None], offsets[::-1], offsets)  # (B, crop)
-    where = (views.index[:, None, None], rows[:, :, None], columns[:, None, :])
-    return images[tuple(torch.from_numpy(part).to(images.device, non_blocking=True) for part in where)]
+    images: an array (M, S, S, 3), cut ahead by `workers` threads, or a tensor on a device,
+        gathered there.
+    """
+    size = crop_size(images.shape[1])
+    batches = range(first_batch, len(plan))
+
+    def cut(batch: int) -> tuple[Tensor, Tensor]:
+        crops = plan.crops(batch)
+        index = torch.from_numpy(plan.index(batch))
+        if isinstance(images, Tensor):
+            return gather_crops(images, crops, size), index
+        return torch.from_numpy(cut_crops(images, crops, size)), index
+
+    yield from read_ahead(cut, batches, 0 if isinstance(images, Tensor) else workers)
 
 
 def center_crop(images: np.ndarray) -> np.ndarray:
-    """The centre of stored images: uint8 (N, S, S, 3) -> (N, crop, crop, 3), contiguous."""
-    crop = crop_size(images.shape[1])
-    start = (images.shape[1] - crop) // 2
-    inner = slice(start, start + crop)
-    return np.ascontiguousarray(images[:, inner, inner])
+    """Return the center of stored images, a view: uint8 (N, S, S, 3) -> (N, crop, crop, 3)."""
+    size = crop_size(images.shape[1])
+    start = (images.shape[1] - size) // 2
+    return images[:, start : start + size, start : start + size]
 
 
 def center_crops(
-    images: np.ndarray,
-    batch_size: int,
-    workers: int = 1,
-    check: Callable[[], None] = lambda: None,
-    share: tuple[int, int] = (0, 1),
-    rows: np.ndarray | None = None,
+    split: Split, batch_size: int, workers: int = 1, share: tuple[int, int] = (0, 1)
 ) -> Iterator[Tensor]:
-    """Iterate the centre crops of all images (or of these rows) in order: uint8 (<= batch_size, crop, crop, 3).
+    """Iterate the center crops of all images in order, in batches uint8 (<= batch_size, crop,
+    crop, 3).
 
-    check: called before and after the images of a batch are read; may raise.
-    share: (r, n) gives every n-th batch only, beginning with number r (those of one of n processes).
+    share: (r, n) takes every n-th batch beginning with number r, those of one of n processes.
     """
+    centers = center_crop(split.images)
 
-    def batch(first: int) -> Tensor:
-        own = slice(first, first + batch_size)
-        return torch.from_numpy(center_crop(images[own] if rows is None else images[rows[own]]))
+    def cut(start: int) -> Tensor:
+        return torch.from_numpy(centers[split.rows[start : start + batch_size]])
 
-    part, parts = share
-    count = len(images if rows is None else rows)
-    yield from _ahead(batch, range(part * batch_size, count, parts * batch_size), workers, check)
+    part, n_parts = share
+    starts = range(part * batch_size, len(split), n_parts * batch_size)
+    yield from read_ahead(cut, starts, workers)
 
 
-def _ahead(make, numbers: range, workers: int, check: Callable[[], None]) -> Iterator:
-    """make(number) for each number, in order, computed up to workers + 1 ahead by threads; 0 workers: on demand.
-
-    check() is called before and after each.
+def read_ahead(make: Callable, numbers: Iterable[int], workers: int) -> Iterator:
+    """Yield make(number) for each number in order, computed ahead by threads; with 0 workers on
+    demand.
     """
-
-    def checked(number: int):
-        check()
-        made = make(number)
-        check()
-        return made
-
     if workers == 0:
-        yield from map(checked, numbers)
+        yield from map(make, numbers)
         return
     with ThreadPoolExecutor(workers) as pool:
         pending: deque = deque()
         try:
             for number in numbers:
-                pending.append(pool.submit(checked, number))
+                pending.append(pool.submit(make, number))
                 if len(pending) > workers:
                     yield pending.popleft().result()
             while pending:

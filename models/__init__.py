@@ -3,10 +3,16 @@
 from models.backbones import BACKBONES, check_crop_size
 from models.cbswr import CBSwR, build_model, pooled_width
 from models.checkpoint import load_checkpoint, load_network
-from models.closed_form import start_head
 from models.pooling import PAPER, Pooling
 
 __all__ = [
-    "BACKBONES", "PAPER", "CBSwR", "Pooling", "build_model", "check_crop_size", "load_checkpoint", "load_network",
-    "pooled_width", "start_head",
-]  # fmt: skip
+    "BACKBONES",
+    "PAPER",
+    "CBSwR",
+    "Pooling",
+    "build_model",
+    "check_crop_size",
+    "load_checkpoint",
+    "load_network",
+    "pooled_width",
+]

@@ -10,45 +10,55 @@ from utils.errors import UserError
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm with the statistics of all processes' rows, on any device; as many rows in each process.
+    """Batch norm with the statistics of all processes' rows, on any device.
 
-    torch.nn.SyncBatchNorm does the same in one kernel, on GPUs alone.
+    Every process holds the same number of rows. `torch.nn.SyncBatchNorm` does this on GPUs only.
     """
 
     @classmethod
     def like(cls, norm: nn.BatchNorm2d, processes: Processes) -> GlobalBatchNorm2d:
-        """A norm with the very weights and buffers of `norm`."""
+        """Return a norm that shares the weights and buffers of `norm`."""
         new = cls(norm.num_features, norm.eps, norm.momentum)
-        new.processes, new.training = processes, norm.training
-        new._parameters, new._buffers = norm._parameters, norm._buffers
+        new.processes = processes
+        new.training = norm.training
+        new._parameters = norm._parameters
+        new._buffers = norm._buffers
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (B, C, H, W)."""
+        """Normalize x (B, C, H, W)."""
         if not self.training:
             return super().forward(x)
         wide = x if x.dtype == torch.float64 else x.float()
         count = self.processes.count * wide.numel() // wide.shape[1]
-        var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)  # (C,) of this process's rows
-        own_mean, mean = mean, self.processes.mean(mean)
-        var = self.processes.mean(var + (own_mean - mean).square())
+        local_var, local_mean = torch.var_mean(wide, (0, 2, 3), correction=0)  # (C,)
+        mean = self.processes.mean(local_mean)
+        var = self.processes.mean(local_var + (local_mean - mean).square())
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
+            self.running_var.lerp_(
+                (var * (count / (count - 1))).to(self.running_var.dtype), self.momentum
+            )
         scale = torch.rsqrt(var + self.eps) * self.weight
         shift = self.bias - mean * scale
         return torch.addcmul(shift[:, None, None], wide, scale[:, None, None]).to(x.dtype)
 
 
 def share_batch_norm(network: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
-    """`network` (a backbone) with every batch norm taken over all processes' rows; weights and names stay."""
+    """Take every batch norm of `network` over all processes' rows; weights and names stay.
+
+    Raises UserError for a kind of batch norm that cannot be shared.
+    """
     if processes.count == 1:
         return network
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and type(module) is not nn.BatchNorm2d:
-            raise UserError(f"the backbone's {type(module).__name__} cannot be shared by processes; train it in one "
-                            "process, or choose another --backbone")  # fmt: skip
+            raise UserError(
+                f"the backbone's {type(module).__name__} cannot be shared by processes; train it "
+                f"in "
+                "one process, or choose another backbone"
+            )
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for parent in list(network.modules()):

@@ -1,122 +1,81 @@
-"""The CBSwR network: backbone, embedding head, cluster head, decoder; named as in the released checkpoints."""
+"""The CBSwR network: backbone, embedding head, cluster head, decoder."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.backbones import backbone_spec
 from models.decoder import Decoder
-from models.pooling import PAPER, Pooling, as_float
+from models.pooling import PAPER, Pooling
 from models.weights import load_backbone_weights
 from utils.errors import UserError
+from utils.tensors import as_float
+
+DROPOUT = 0.6  # of the cluster head
 
 
 class CBSwR(nn.Module):
-    """image -> feature map -> pooled -> embedding -> cluster logits; centroid feature map -> reconstruction.
+    """image -> feature map -> pooled -> embedding -> cluster logits; feature map -> image.
 
-    The backbone and the decoder run in the autocast dtype; pooling, heads and normalisations in float32 (or float64).
+    Parts have the names of the released checkpoints. The backbone and the decoder run in the
+    autocast dtype; pooling, heads and normalizations in float32 (or float64).
     """
 
-    def __init__(self, backbone: str, n_cluster: int, low_dim: int, pooling: Pooling = PAPER) -> None:
+    def __init__(
+        self, backbone: str, n_cluster: int, low_dim: int, pooling: Pooling = PAPER
+    ) -> None:
         super().__init__()
-        self._keep_statistics = False  # of the backbone's batch norms, in training
         spec = backbone_spec(backbone)
-        pooling = pooling.resolved(spec.stages, backbone)
         self.backbone_name = backbone
         self.n_cluster = n_cluster
         self.low_dim = low_dim
-        self.pooling = pooling
-        self.channels = spec.channels
+        self.pooling = pooling.resolved(spec.stages, backbone)
         self.pooled_dim = pooled_width(backbone, pooling)
-        self._stages = [child for child, _ in spec.stages.values()]
-        self._tapped = [spec.stages[name][0] for name in pooling.layers]
-        self._frozen: list[str] = []  # children of the backbone that are not trained
         self.normalization = spec.normalization
+        self._stage_children = [child for child, _ in spec.stages.values()]
+        self._pooled_children = [spec.stages[name][0] for name in self.pooling.layers]
+        self._frozen_children: list[str] = []
+        self._trains_statistics = False  # of the batch norms of the backbone
         self.base_model = spec.make()
         self.decoder = Decoder(spec.channels)
         self.feat_ext = nn.Sequential(nn.Linear(self.pooled_dim, low_dim))
-        self.clustering = nn.Sequential(nn.BatchNorm1d(low_dim), nn.Dropout(0.6), nn.Linear(low_dim, n_cluster))
+        self.clustering = nn.Sequential(
+            nn.BatchNorm1d(low_dim), nn.Dropout(DROPOUT), nn.Linear(low_dim, n_cluster)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W) -> embedding (B, D), cluster_logits (B, K), feature_map (B, C, h, w).
+        """Compute all of the network but the decoder.
 
-        Embedding and logits have unit length. The input is what `normalization` makes of pixels.
+        Args:
+            x: (B, 3, H, W), what `normalization` makes of pixels.
+
+        Returns embedding (B, D) and cluster_logits (B, K), both of unit length, and feature_map
+        (B, C, h, w) of the last stage.
         """
         maps = self.maps(x)
-        embedding = self.embed(self.pool(*maps))
+        embedding = self.embed(self.pool(maps))
         return embedding, self.cluster(embedding), maps[-1]
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) -> the feature maps (B, C_l, h_l, w_l) of the pooled layers, the last one last."""
-        return self.end_maps(*self.begin_maps(x))
-
-    def begin_maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The part of `maps` that is not trained: its result, and the maps of the pooled layers in it."""
-        return self._through(x, [], trained=False) if self._frozen else (x, [])
-
-    def end_maps(self, x: Tensor, found: list[Tensor]) -> list[Tensor]:
-        """The rest of `maps`, from what `begin_maps` gave."""
-        if len(self._tapped) < 2 and not self._frozen:
+        """Return the feature maps (B, C_l, h_l, w_l) of the pooled layers, the last stage last."""
+        if len(self._pooled_children) < 2:
             return [self.base_model(x)]
-        return self._through(x, found, trained=True)[1]
+        maps = []
+        for name, part in self.base_model.named_children():
+            x = part(x)
+            if name in self._pooled_children:
+                maps.append(x)
+        return maps
 
-    def _through(self, x: Tensor, found: list[Tensor], trained: bool) -> tuple[Tensor, list[Tensor]]:
-        """Through the trained or the frozen children of the backbone; the maps found are added to those given."""
-        children, found = dict(self.base_model.named_children()), list(found)
-        last = list(children)[-1]
-        for name, part in children.items():
-            if (name not in self._frozen) == trained:
-                x = part(x)
-                if name in self._tapped or (name == last and not self._tapped):
-                    found.append(x)
-        return x, found
-
-    def train_last(self, stages: int) -> None:
-        """Train the last `stages` stages of the backbone only, and keep the statistics of all its batch norms.
-
-        Raises UserError where it has no so many to name.
-        """
-        if not 1 <= stages <= len(self._stages):
-            known = f"has {len(self._stages)} stages" if self._stages else "names no stages"
-            raise UserError(f"--train_stages {stages}: {self.backbone_name} {known}; give a smaller number, or leave "
-                            "the option out to train all")  # fmt: skip
-        children = list(self.base_model._modules)
-        first = children.index(self._stages[-stages - 1]) + 1 if stages < len(self._stages) else 0
-        self._frozen = children[:first]
-        for name in self._frozen:
-            self.base_model.get_submodule(name).requires_grad_(False)
-        self._keep_statistics = True
-        self.train(self.training)
-
-    def shorten(self, dim: int) -> None:
-        """Keep the first `dim` numbers of the embedding; the cluster head has nothing to work on then.
-
-        Those of a head in closed form are in the order of their directions: the shorter embedding is the one that the
-        closed form for `dim` would give. Raises UserError where there are fewer.
-        """
-        if not 1 <= dim <= self.low_dim:
-            raise UserError(f"--dim {dim}: the embedding has {self.low_dim} dimensions only")
-        whole = self.feat_ext[0]
-        head = nn.Linear(self.pooled_dim, dim, device=whole.weight.device, dtype=whole.weight.dtype)
-        head.load_state_dict({name: value[:dim] for name, value in whole.state_dict().items()})
-        self.feat_ext, self.low_dim = nn.Sequential(head), dim
-
-    def train(self, mode: bool = True) -> CBSwR:
-        """As of every module; what `train_last` keeps as it is stays in evaluation mode."""
-        super().train(mode)
-        if self._keep_statistics:
-            for name, part in self.base_model.named_modules():
-                if name.partition(".")[0] in self._frozen or isinstance(part, nn.modules.batchnorm._BatchNorm):
-                    part.eval()
-        return self
-
-    def pool(self, *maps: Tensor) -> Tensor:
-        """Pool the feature maps of the layers, by default the average of the last: (B, C, h, w) -> pooled (B, C)."""
-        return self.pooling(list(maps))
+    def pool(self, maps: Sequence[Tensor]) -> Tensor:
+        """Pool feature maps (B, C_l, h_l, w_l) of the pooled layers to (B, C)."""
+        return self.pooling(maps)
 
     def embed(self, pooled: Tensor) -> Tensor:
         """Embedding head: pooled (B, C) -> embedding (B, D) of unit length."""
@@ -128,23 +87,90 @@ class CBSwR(nn.Module):
         with torch.autocast(embedding.device.type, enabled=False):
             return F.normalize(self.clustering(embedding), dim=1)
 
-    def reconstruction_target(self, inputs: Tensor, kind: str = "input") -> Tensor:
-        """What the decoder should give for network input (B, 3, H, W), divided by 255.
+    def features(self, x: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
+        """Compute pooled (B, C) and embedding (B, D) of images (B, 3, H, W).
 
-        "input": pixels minus the mean, as in the released code (it leaves the decoder's range (0, 1));
-        "image": the pixels themselves, in [0, 1]. Channels in the network's order.
+        The embedding has unit length; pooled has where `Pooling.unit` says so.
+
+        Args:
+            flip: average the pooled features of the images and of their mirror images.
+        """
+        pooled = self.pool(self.maps(x))
+        if flip:
+            pooled = (pooled + self.pool(self.maps(x.flip(3)))) / 2
+            if self.pooling.unit:
+                pooled = F.normalize(pooled, dim=1)
+        return pooled, self.embed(pooled)
+
+    def train_parts(self, n_stages: int = 0, batch_norm: bool = False) -> None:
+        """Choose what is trained.
+
+        Args:
+            n_stages: the last stages of the backbone that are trained; 0: all of it.
+            batch_norm: whether the backbone's batch norms take the statistics of the batch. If
+                not, they keep those that they have.
+
+        Raises UserError if the backbone has fewer stages.
+        """
+        if n_stages > len(self._stage_children):
+            raise UserError(
+                f"{self.backbone_name} has {len(self._stage_children)} stages that can be trained "
+                f"alone, fewer than {n_stages}"
+            )
+        if 0 < n_stages < len(self._stage_children):
+            children = [name for name, _ in self.base_model.named_children()]
+            last_frozen = self._stage_children[-n_stages - 1]
+            self._frozen_children = children[: children.index(last_frozen) + 1]
+        for name in self._frozen_children:
+            self.base_model.get_submodule(name).requires_grad_(False)
+        self._trains_statistics = batch_norm
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> CBSwR:
+        """Set the mode, as of every module; frozen parts and kept statistics stay in eval mode."""
+        super().train(mode)
+        for name in self._frozen_children:
+            self.base_model.get_submodule(name).eval()
+        if not self._trains_statistics:
+            for module in self.base_model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    @torch.no_grad()
+    def set_head(self, weight: Tensor, bias: Tensor) -> None:
+        """Give the embedding head a weight (D, C) and a bias (D,)."""
+        self.feat_ext[0].weight.copy_(weight)
+        self.feat_ext[0].bias.copy_(bias)
+
+    def shorten(self, dim: int) -> None:
+        """Keep the first `dim` numbers of the embedding, for heads whose numbers are in order.
+
+        The cluster head no longer fits then. Raises UserError if the embedding has fewer.
+        """
+        if not 1 <= dim <= self.low_dim:
+            raise UserError(f"the embedding has {self.low_dim} dimensions, not {dim}")
+        head = self.feat_ext[0]
+        head.weight = nn.Parameter(head.weight[:dim].detach().clone())
+        head.bias = nn.Parameter(head.bias[:dim].detach().clone())
+        head.out_features = dim
+        self.low_dim = dim
+
+    def reconstruction_target(self, inputs: Tensor, kind: str = "input") -> Tensor:
+        """Return what the decoder should give for inputs (B, 3, H, W), divided by 255.
+
+        Args:
+            kind: "input" for pixels minus the mean, as released (partly outside of the decoder's
+                range 0 to 1); "image" for the pixels.
         """
         if kind == "input":
             return self.normalization.mean_subtracted(inputs) / 255
         if kind == "image":
             return self.normalization.pixels(inputs) / 255
-        raise ValueError(f"recon_target is input or image, not {kind!r}")
+        raise ValueError(f"the reconstruction target is input or image, not {kind!r}")
 
     def reconstructed_pixels(self, reconstruction: Tensor, kind: str = "input") -> Tensor:
-        """What a decoder trained on `reconstruction_target` of that kind shows: (B, 3, H, W) -> uint8 RGB (B, H, W, 3).
-
-        Pixels darker than the mean cannot be reconstructed of kind "input": the decoder's range begins at 0.
-        """
+        """Turn reconstructions (B, 3, H, W) of such a target into uint8 RGB (B, H, W, 3)."""
         pixels = 255 * as_float(reconstruction)
         if kind == "input":
             pixels = pixels + pixels.new_tensor(self.normalization.mean).view(1, 3, 1, 1)
@@ -152,20 +178,9 @@ class CBSwR(nn.Module):
             pixels = pixels.flip(1)
         return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
-    def features(self, x: Tensor, flip: bool = False) -> tuple[Tensor, Tensor]:
-        """For mining, clustering and evaluation: images (B, 3, H, W) -> pooled (B, C), embedding (B, D).
-
-        Both have unit length. `flip` averages the pooled features of the image and of its mirror image.
-        """
-        pooled = self.pool(*self.maps(x))
-        if flip:
-            pooled = (pooled + self.pool(*self.maps(x.flip(3)))) / 2
-        unit = F.normalize(pooled, dim=1)
-        return unit, self.embed(unit if self.pooling.unit else pooled)
-
 
 def pooled_width(backbone: str, pooling: Pooling) -> int:
-    """Length of the pooled feature."""
+    """Return the length C of the pooled feature."""
     spec = backbone_spec(backbone)
     layers = pooling.resolved(spec.stages, backbone).layers
     return pooling.width([spec.stages[name][1] for name in layers] or [spec.channels])
@@ -178,12 +193,18 @@ def build_model(
     weights: str | os.PathLike | None = None,
     pooling: Pooling = PAPER,
 ) -> CBSwR:
-    """Make a CBSwR network (paper section 3); heads and decoder start from torch's global random generator.
+    """Make a CBSwR network (paper, section 3).
 
-    backbone: a name of `models.BACKBONES`, or timm:NAME. weights: None or "none" (random), "auto" (the usual ImageNet
-    weights), or the path of a torch, HDF5 or safetensors file with the backbone's weights. pooling: see
-    `models.pooling.Pooling`.
-    Raises UserError for an unknown backbone or layer, or weights that cannot be had or do not fit.
+    Heads, decoder and random weights are drawn from torch's global generator.
+
+    Args:
+        backbone: a name of `models.BACKBONES`, or timm:NAME.
+        n_cluster: K, the size of the cluster head.
+        low_dim: D, the size of the embedding.
+        weights: of the backbone: None or "none" (random), "auto" (its usual ImageNet weights), or
+            the path of a torch, HDF5 or safetensors file.
+
+    Raises UserError for an unknown backbone or layer, and weights that are missing or do not fit.
     """
     if n_cluster < 1 or low_dim < 1:
         raise UserError(f"n_cluster and low_dim are at least 1, not {n_cluster} and {low_dim}")

@@ -10,39 +10,57 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.backbones import BACKBONES, backbone_spec
+from models.backbones import BACKBONES
 from models.cbswr import CBSwR, build_model
 from models.pooling import PAPER, Pooling
-from models.timm_backbones import is_timm_name
+from models.timm_backbones import TIMM_PREFIX
 from models.weights import check_tensors, read_torch_file
 from utils.errors import UserError
 from utils.runs import find_checkpoint
 
+# Before runs had a `method`, googlenet meant torch's fallback LRN.
+RENAMED_BACKBONES = {"googlenet": "googlenet_fallback_lrn", "googlenet_caffe": "googlenet"}
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[CBSwR, dict]:
-    """Rebuild the network of a checkpoint: (model in evaluation mode on `device`, info).
 
-    Backbone, K and embedding size are read from the file: {"model": state_dict, "epoch": int, ...} with the published
-    names; a bare state_dict is taken too. info: `path`, `epoch` (None if unknown), `backbone`, `n_cluster`, `low_dim`,
-    `config` (the options of the run; {} for the authors' files), `data` (the fingerprints of its images and labels; {}
-    if unknown) and `image_size` (the side of the stored images that it was trained on, in pixels; None if unknown).
-    Raises UserError naming the file when it is no such checkpoint.
+def load_checkpoint(
+    path: str | os.PathLike, device: str | torch.device = "cpu", backbone: str | None = None
+) -> tuple[CBSwR, dict]:
+    """Rebuild the network of a checkpoint.
+
+    The file holds {"model": state_dict, "epoch": int, ...} with the published names; a bare
+    state_dict is taken too. K and the embedding size are read from it.
+
+    Args:
+        backbone: for a file that does not say its backbone; None finds one by names and shapes.
+
+    Returns:
+        The model in evaluation mode on `device`, and info: path, epoch (None if unknown), backbone,
+        n_cluster, low_dim, config (the options of the run; {} for the authors' files), data (the
+        fingerprints of its data; {} if unknown), image_size (side of the training images in
+        pixels; None if unknown), flip_eval (whether the run averaged mirror images).
+
+    Raises UserError that names the file if it is no such checkpoint.
     """
-    content = read_torch_file(path, "cpu")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a checkpoint: expected a dictionary, found {type(content).__name__}")
-    state = content.get("model", content)
-    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not named or not state:
+    content = read_torch_file(path)
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: not a checkpoint: it holds no state_dict under 'model'")
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    config = content.get("config") if isinstance(content.get("config"), dict) else {}
-    epoch = content.get("epoch")
     check_tensors(state, path)
+    config = _current_config(content.get("config"))
     pooling = _pooling(config, path)
-    n_cluster, low_dim, backbone = _describe(state, config.get("backbone"), pooling, path)
+    n_cluster, low_dim = _sizes(state, path)
+    trained = config.get("backbone")
+    if trained and backbone and trained != backbone:
+        raise UserError(f"{path}: was trained with the backbone {trained}, not {backbone}")
+    backbone = trained or backbone or _find_backbone(state, pooling, path)
     model = CBSwR(backbone, n_cluster, low_dim, pooling)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: does not fit the backbone {backbone} ({reason})") from None
+    epoch = content.get("epoch")
     info = {
         "path": str(Path(path)),
         "epoch": epoch if isinstance(epoch, int) else None,
@@ -50,8 +68,9 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
         "n_cluster": n_cluster,
         "low_dim": low_dim,
         "config": config,
-        "data": content["data"] if isinstance(content.get("data"), dict) else {},
-        "image_size": _stored_size(content),
+        "data": content.get("data") or {},
+        "image_size": _stored_size(content.get("data")),
+        "flip_eval": config.get("flip_eval") is True,
     }
     return model.to(device).eval(), info
 
@@ -64,97 +83,102 @@ def load_network(
     pooling: Pooling = PAPER,
     dim: int | None = None,
 ) -> tuple[CBSwR, dict]:
-    """The network to embed images with, channels last on `device`, and what to say of it.
+    """Make the network that embeds images, channels last on `device`.
 
-    checkpoint: a file, or a run's folder (see `find_checkpoint`), for its embedding; or else a frozen backbone and its
-    weights and pooling (see `build_model`), for its pooled features. dim: see `CBSwR.shorten`. Raises UserError where
-    they cannot be had.
+    Args:
+        checkpoint: a file or the folder of a run (see `find_checkpoint`), for its embedding. None:
+            a frozen `backbone` with its `weights` and `pooling`, for its pooled features.
+        dim: how many numbers of the embedding to keep (see `CBSwR.shorten`).
+
+    Returns the network and what to say of it: features ("embedding" or "pooled"), backbone,
+    weights, checkpoint, epoch, flip_eval and, of a checkpoint, n_cluster, low_dim, image_size.
+    Raises UserError if it cannot be made.
     """
     if checkpoint is None:
         model = build_model(backbone, weights=weights, pooling=pooling)
-        return model.to(device, memory_format=torch.channels_last), {
-            "features": "pooled", "backbone": backbone, "weights": weights, "checkpoint": None, "epoch": None,
-        }  # fmt: skip
-    model, info = load_checkpoint(find_checkpoint(checkpoint), device)
+        about = {"features": "pooled", "backbone": backbone, "weights": weights}
+        about |= {"checkpoint": None, "epoch": None, "flip_eval": False}
+        return model.to(device, memory_format=torch.channels_last).eval(), about
+    model, info = load_checkpoint(find_checkpoint(checkpoint), device, backbone)
     if dim is not None:
         if info["config"].get("head_init", "random") == "random":
-            raise UserError(f"--dim {dim}: the numbers of this embedding have no order, its head is not in closed form "
-                            "(train.py --head_init); leave it out")  # fmt: skip
+            raise UserError(
+                f"{checkpoint}: the numbers of its embedding are not in order, as its head is not "
+                f"in "
+                f"closed form; it cannot be cut to {dim}"
+            )
         model.shorten(dim)
         info["low_dim"] = dim
-    return model.to(memory_format=torch.channels_last), {
-        "features": "embedding", "backbone": info["backbone"], "weights": None, "checkpoint": info["path"],
-        "flip_eval": info["config"].get("flip_eval") is True,
-        "epoch": info["epoch"], "n_cluster": info["n_cluster"], "low_dim": info["low_dim"],
-        "image_size": info["image_size"],
-    }  # fmt: skip
+    about = {"features": "embedding", "weights": None, "checkpoint": info["path"]}
+    for name in ("backbone", "epoch", "flip_eval", "n_cluster", "low_dim", "image_size"):
+        about[name] = info[name]
+    return model.to(memory_format=torch.channels_last), about
 
 
-def _stored_size(content: dict) -> int | None:
-    """The side of the training images, from the fingerprint that train.py keeps: "uint8 (N, S, S, 3) sha256 ..."."""
+def _current_config(config: object) -> dict:
+    """Return the options of a run, those of earlier versions translated."""
+    if not isinstance(config, dict):
+        return {}
+    if "method" in config or "backbone" not in config:
+        return config
+    backbone = config["backbone"]
+    return config | {"backbone": RENAMED_BACKBONES.get(backbone, backbone)}
+
+
+def _stored_size(data: object) -> int | None:
+    """Return the side of the training images, from a fingerprint "uint8 (N, S, S, 3) sha256 ..."."""
     try:
-        found = re.match(r"uint8 \(\d+, (\d+), \1, 3\) ", content["data"]["training"]["images"])
+        match = re.match(r"uint8 \(\d+, (\d+), \1, 3\) ", data["training"]["images"])
     except (KeyError, TypeError):
         return None
-    return int(found.group(1)) if found else None
+    return int(match.group(1)) if match else None
 
 
 def _pooling(config: dict, path: str | os.PathLike) -> Pooling:
-    """What is pooled, and how, by the options of the run; the paper's for the authors' files."""
-    layers, pool, stripes, start = (config.get(name) for name in ("layers", "pool", "stripes", "head_init"))
-    if not all(value is None or isinstance(value, str) for value in (layers, pool, stripes, start)):
-        raise UserError(f"{path}: not a checkpoint of train.py: layers, pool, stripes and head_init of its config are "
-                        "texts")  # fmt: skip
+    """Return the pooling of a run, the paper's for a file without options."""
+    layers, pool, stripes = (config.get(name) for name in ("layers", "pool", "stripes"))
+    is_closed_form = config.get("head_init", "random") != "random"
     try:
-        return Pooling.parse(layers, pool, start not in {None, "random"}, stripes)
-    except UserError as error:
+        return Pooling.parse(layers, pool, is_closed_form, stripes)
+    except (UserError, AttributeError) as error:
         raise UserError(f"{path}: not a checkpoint of train.py ({error})") from None
 
 
-def _describe(
-    state: dict[str, Tensor], named: object, pooling: Pooling, path: str | os.PathLike
-) -> tuple[int, int, str]:
-    """K, embedding size and backbone of a state_dict: the backbone `named` by the file if it fits, else by shapes."""
-    cluster_head, embedding_head = state.get("clustering.2.weight"), state.get("feat_ext.0.weight")
-    if cluster_head is None or embedding_head is None or cluster_head.dim() != 2 or embedding_head.dim() != 2:
-        raise UserError(f"{path}: not a CBSwR checkpoint: no weights feat_ext.0 and clustering.2 in it")
-    n_cluster, low_dim = cluster_head.shape[0], embedding_head.shape[0]
-    if n_cluster < 1 or low_dim < 1:
-        raise UserError(f"{path}: not a CBSwR checkpoint: K is {n_cluster} and the embedding has {low_dim} dimensions")
-    found = _kinds(state)
-    nearest, nearest_faults = "", None
-    for backbone in [named] if is_timm_name(named) else sorted(BACKBONES, key=lambda name: name != named):
+def _sizes(state: dict[str, Tensor], path: str | os.PathLike) -> tuple[int, int]:
+    """Return K and the embedding size of a state_dict."""
+    cluster_head = state.get("clustering.2.weight")
+    embedding_head = state.get("feat_ext.0.weight")
+    if cluster_head is None or embedding_head is None:
+        raise UserError(f"{path}: not a CBSwR checkpoint: no feat_ext.0 and clustering.2 in it")
+    return len(cluster_head), len(embedding_head)
+
+
+def _find_backbone(state: dict[str, Tensor], pooling: Pooling, path: str | os.PathLike) -> str:
+    """Return the first backbone whose names and shapes are those of a state_dict."""
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    differences = {}
+    for backbone in BACKBONES:
         try:
-            expected = _layout(backbone, n_cluster, low_dim, pooling)
-        except UserError:
-            if is_timm_name(named):
-                raise
-            continue  # it has no such layers
-        if expected == found:
-            return n_cluster, low_dim, backbone
-        faults = [n for n in dict.fromkeys((*expected, *found)) if expected.get(n) != found.get(n)]
-        if nearest_faults is None or len(faults) < len(nearest_faults):
-            nearest, nearest_faults = backbone, faults
-    if nearest_faults is None:
-        raise UserError(f"{path}: no known backbone has the layers {','.join(pooling.layers)}; get the file again, or "
-                        "retrain")  # fmt: skip
+            expected = _shapes(backbone, *_sizes(state, path), pooling)
+        except UserError:  # it has no such layers
+            continue
+        names = dict.fromkeys((*expected, *shapes))
+        differences[backbone] = [n for n in names if expected.get(n) != shapes.get(n)]
+        if not differences[backbone]:
+            return backbone
+    nearest = min(differences, key=lambda name: len(differences[name]), default=None)
+    if nearest is None:
+        raise UserError(f"{path}: no backbone has its layers; {TIMM_PREFIX}NAME must be given")
     raise UserError(
-        f"{path}: fits no known backbone; the nearest is {nearest}, with {len(nearest_faults)} names missing, "
-        f"unknown or of another shape or kind, the first is {nearest_faults[0]}; get the file again, or retrain"
+        f"{path}: fits no known backbone; the nearest is {nearest}, with "
+        f"{len(differences[nearest])} "
+        f"names missing, unknown or of another shape, the first is {differences[nearest][0]}"
     )
 
 
-@lru_cache(maxsize=len(BACKBONES))  # all of them take a second
-def _layout(backbone: str, n_cluster: int, low_dim: int, pooling: Pooling) -> dict[str, tuple]:
-    """What the state_dict of such a network holds, see `_kinds`; nothing is allocated."""
-    import torchvision  # noqa: F401  # imported for the first time under the meta device, torch 2.6 fails
-
-    if is_timm_name(backbone):
-        backbone_spec(backbone)  # its faults, and its imports
+@lru_cache(maxsize=len(BACKBONES))
+def _shapes(backbone: str, n_cluster: int, low_dim: int, pooling: Pooling) -> dict[str, tuple]:
+    """Return the names and shapes of such a network; nothing is allocated."""
     with torch.device("meta"):
-        return _kinds(CBSwR(backbone, n_cluster, low_dim, pooling).state_dict())
-
-
-def _kinds(state: dict[str, Tensor]) -> dict[str, tuple]:
-    """Shape of each tensor, and whether it is of floating point."""
-    return {name: (tuple(value.shape), value.is_floating_point()) for name, value in state.items()}
+        state = CBSwR(backbone, n_cluster, low_dim, pooling).state_dict()
+    return {name: tuple(value.shape) for name, value in state.items()}

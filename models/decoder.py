@@ -6,35 +6,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from utils.tensors import as_float
+
 WIDTHS = (128, 64, 32, 16, 16)
 
 
 class WeightedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose row i may stand for `counts[i]` equal rows.
 
-    In training the statistics are those of the batch in which every row is repeated `counts[i]` times, so that
-    decoding each distinct row once gives the numbers of decoding all of them. Names and buffers are BatchNorm2d's.
+    In training the statistics are those of the batch in which every row is repeated `counts[i]`
+    times, so that decoding each distinct row once gives the numbers of decoding all rows. Names
+    and buffers are those of BatchNorm2d.
     """
 
     def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Normalise x (U, C, H, W); `counts` (U,) positive, None for all ones."""
+        """Normalize x (U, C, H, W); `counts` (U,) positive, None for all ones."""
         if counts is None or not self.training:
             return super().forward(x)
-        wide = x if x.dtype == torch.float64 else x.float()
-        pixels = x.shape[2] * x.shape[3]
-        counts = counts.to(wide.dtype)
-        total = counts.sum() * pixels
+        with torch.autocast(x.device.type, enabled=False):
+            return self._normalize(as_float(x), counts).to(x.dtype)
+
+    def _normalize(self, x: Tensor, counts: Tensor) -> Tensor:
+        counts = counts.to(x.dtype)
+        total = counts.sum() * x.shape[2] * x.shape[3]
         weight = counts / total  # (U,), sums to 1 / (H W)
-        mean = torch.einsum("u,uc->c", weight, wide.sum((2, 3)))
-        centred = wide - mean[:, None, None]
-        var = torch.einsum("u,uc->c", weight, centred.square().sum((2, 3)))
+        mean = torch.einsum("u,uc->c", weight, x.sum((2, 3)))
+        centered = x - mean[:, None, None]
+        var = torch.einsum("u,uc->c", weight, centered.square().sum((2, 3)))
         with torch.no_grad():
             self.num_batches_tracked += 1
             unbiased = var * (total / (total - 1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         scale = torch.rsqrt(var + self.eps) * self.weight
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return centered * scale[:, None, None] + self.bias[:, None, None]
 
 
 class Decoder(nn.Module):
@@ -44,7 +49,7 @@ class Decoder(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs in zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True):
-            # the ReLU and the upsampling hold no weights; they keep their places in the published numbering
+            # ReLU and upsampling hold no weights; they keep their places in the published numbers
             layers += [
                 nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
                 WeightedBatchNorm2d(outputs),
@@ -55,11 +60,16 @@ class Decoder(nn.Module):
         self.decoder = nn.Sequential(*layers)
 
     def forward(
-        self, feature_maps: Tensor, size: tuple[int, int] | None = None, counts: Tensor | None = None
+        self,
+        feature_maps: Tensor,
+        size: tuple[int, int] | None = None,
+        counts: Tensor | None = None,
     ) -> Tensor:
-        """Decode; `size` (H, W) of the images, 32 times the map's by default.
+        """Decode feature maps.
 
-        `counts` (U,) says how many equal rows each row stands for (see `WeightedBatchNorm2d`).
+        Args:
+            size: (H, W) of the images; None: 32 times that of the feature maps.
+            counts: (U,) how many equal rows each row stands for (see `WeightedBatchNorm2d`).
         """
         height, width = size or (32 * feature_maps.shape[2], 32 * feature_maps.shape[3])
         x = feature_maps

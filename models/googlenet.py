@@ -1,4 +1,4 @@
-"""Inception-v1 as Caffe has it, the paper's backbone: no batch norm, local response normalisation, ceil-mode pools."""
+"""Inception-v1 as Caffe has it, the backbone of the paper: no batch norm, LRN, pools in ceil mode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from models.lrn import LocalResponseNorm
 
-# Caffe's name of each block with weights -> its place in the sequence (places 4 and 10 are pools).
+# Caffe's name of each block -> its place in the sequence (places 4 and 10 are pools)
 CAFFE_BLOCKS = {
     "conv1": 0,
     "conv2": 1,
@@ -73,16 +73,17 @@ class _Conv2(_NamedConvs):
 
 
 class _Inception(_NamedConvs):
-    def __init__(self, inputs: int, one: int, reduce3: int, three: int, reduce5: int, five: int, pool: int) -> None:
+    def __init__(self, inputs: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.add_conv("1x1", inputs, one, 1)
-        self.add_conv("3x3_reduce", inputs, reduce3, 1)
-        self.add_conv("3x3", reduce3, three, 3)
-        self.add_conv("5x5_reduce", inputs, reduce5, 1)
-        self.add_conv("5x5", reduce5, five, 5)
-        self.add_conv("pool_proj", inputs, pool, 1)
+        width_1x1, reduce_3x3, width_3x3, reduce_5x5, width_5x5, pool_proj = widths
+        self.add_conv("1x1", inputs, width_1x1, 1)
+        self.add_conv("3x3_reduce", inputs, reduce_3x3, 1)
+        self.add_conv("3x3", reduce_3x3, width_3x3, 3)
+        self.add_conv("5x5_reduce", inputs, reduce_5x5, 1)
+        self.add_conv("5x5", reduce_5x5, width_5x5, 5)
+        self.add_conv("pool_proj", inputs, pool_proj, 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, inputs, h, w) -> (B, one + three + five + pool, h, w)
+    def forward(self, x: Tensor) -> Tensor:  # (B, inputs, h, w) -> (B, sum of the branches, h, w)
         branches = (
             self.conv("1x1", x),
             self.conv("3x3", self.conv("3x3_reduce", x)),
@@ -92,23 +93,22 @@ class _Inception(_NamedConvs):
         return torch.cat(branches, 1)
 
 
-class _Pool(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return _pool3_stride2(x)
+def caffe_googlenet(lrn: str = "caffe") -> nn.Sequential:
+    """Make the backbone of the paper, He-initialized.
 
-
-def caffe_googlenet(lrn: str = "released") -> nn.Sequential:
-    """The backbone of the paper: (B, 3, 224, 224) BGR, 0-255 minus the mean -> feature map (B, 1024, 7, 7).
-
-    lrn: "released" or "caffe", see `models.lrn.LocalResponseNorm`. He-initialised.
+    It takes (B, 3, 224, 224) BGR, 0-255 minus the mean, and gives a feature map (B, 1024, 7, 7).
     Source: Szegedy et al. 2015, with the widths and the layer order of Caffe's bvlc_googlenet.
+
+    Args:
+        lrn: "caffe" or "fallback", see `models.lrn.LocalResponseNorm`.
     """
-    blocks: list[nn.Module] = []
-    for place in range(13):
+    blocks: list[nn.Module] = [_Conv1(lrn), _Conv2(lrn)]
+    for place in range(2, 13):
         if place in _INCEPTION_WIDTHS:
-            blocks.append(_Inception(*_INCEPTION_WIDTHS[place]))
+            inputs, *widths = _INCEPTION_WIDTHS[place]
+            blocks.append(_Inception(inputs, tuple(widths)))
         else:
-            blocks.append(_Conv1(lrn) if place == 0 else _Conv2(lrn) if place == 1 else _Pool())
+            blocks.append(nn.MaxPool2d(3, 2, ceil_mode=True))
     backbone = nn.Sequential(*blocks)
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
@@ -118,6 +118,8 @@ def caffe_googlenet(lrn: str = "released") -> nn.Sequential:
 
 
 def from_caffe_name(name: str) -> str | None:
-    """Translate `inception_3a.1x1.weight` to the backbone's own `2.1x1.weight`; None for a layer it does not have."""
+    """Translate `inception_3a.1x1.weight` to the backbone's `2.1x1.weight`; None for a layer it
+    does not have.
+    """
     block, _, rest = name.partition(".")
     return f"{CAFFE_BLOCKS[block]}.{rest}" if block in CAFFE_BLOCKS and rest else None

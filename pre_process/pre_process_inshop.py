@@ -1,103 +1,77 @@
-"""In-shop Clothes Retrieval (DeepFashion) -> data/inshop/*.npy: items to train on, queries and gallery of others.
+"""In-shop Clothes -> data/inshop/*.npy: items to train on, queries and gallery of other items.
 
 python pre_process/pre_process_inshop.py
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, when this is run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
-from pre_process import image_arrays
-from pre_process.image_arrays import GALLERY, MEND, QUERY, Split
-from utils.errors import UserError
+from datasets.arrays import QUERY
+from pre_process import raw_lists
+from pre_process.raw_lists import Split
+from pre_process.script import option_parser, write
+from utils.errors import UserError, run_script
 
 LIST = "list_eval_partition.txt"
-BENCHMARK = "In-shop Clothes Retrieval Benchmark"  # the folder of the download
+LARGEST_ITEM = 99_999_999  # items are written id_00000001
 COLUMNS = "image_name item_id evaluation_status"
-ROLES = {"train": None, "query": QUERY, "gallery": GALLERY}
+ROLES = {"query": QUERY, "gallery": QUERY + 1}
 ADVICE = (
-    "get the In-shop Clothes Retrieval Benchmark (https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html), unpack "
-    f"img.zip, and have Eval/{LIST} and Img/img/ (or {LIST} and img/) in data/inshop/, or give --data_dir"
+    "get the In-shop Clothes Retrieval Benchmark "
+    "(https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html), unpack img.zip, and have "
+    f"Eval/{LIST} and Img/img/ in data/inshop/, or give --data_dir"
 )
-
-
-class Row(NamedTuple):
-    """A line of the list."""
-
-    path: Path
-    item: int  # the number in id_00000001
-    role: int | None  # QUERY, GALLERY; None: it trains
-    where: str
 
 
 def main() -> None:
     """Read the options and the list, write the five files."""
-    args = image_arrays.option_parser("inshop", __doc__.splitlines()[0]).parse(sys.argv[1:])
-    places = ["Eval", BENCHMARK, f"{BENCHMARK}/Eval"]
-    home, folder = image_arrays.find_raw_folder(args.data_dir, "inshop", LIST, places, ADVICE)
-    raw = folder.parent if folder.name == "Eval" else folder
-    rows = read_list(folder / LIST, raw / "Img" if (raw / "Img" / "img").is_dir() else raw)
-    splits = make_splits(rows, folder / LIST)
-    image_arrays.check_images_exist([row.path for row in rows])
-    image_arrays.write_splits(
-        "inshop",
-        splits,
-        getattr(args, "out_dir", home),
-        image_size=args.image_size,
-        make_row=image_arrays.read_image,
-        workers=args.workers,
-    )
+    args = option_parser("inshop", __doc__.splitlines()[0]).parse(sys.argv[1:])
+    patterns = (f"Eval/{LIST}", LIST, f"*/Eval/{LIST}", f"*/{LIST}")
+    home, file = raw_lists.find_raw(args.data_dir, "inshop", patterns, ADVICE)
+    splits = read_list(file, images_of(file))
+    raw_lists.check_disjoint(splits, file)
+    raw_lists.check_images_exist([path for split in splits for path in split.sources])
+    write("inshop", splits, home, args)
 
 
-def read_list(file: Path, images: Path) -> list[Row]:
-    """The rows of the list, in its order; the folder `images` holds img/.
+def images_of(file: Path) -> Path:
+    """Return the folder that holds img/, for the list `file` in Eval/ or beside Img/ or img/."""
+    raw = file.parent.parent if file.parent.name == "Eval" else file.parent
+    return raw / "Img" if (raw / "Img" / "img").is_dir() else raw
 
-    Raises `UserError` naming file and line for what is missing, malformed or double, and for another number of lines
-    than the first one says.
+
+def read_list(file: Path, images: Path) -> list[Split]:
+    """Read the training half, and the test half with its roles, each in the order of the list.
+
+    Labels are the numbers of the items. Raises UserError that names file and line for a malformed
+    list, and for another number of images than its first line says.
     """
-    lines = image_arrays.read_lines(file, ADVICE)
-    count = lines[0][0] if lines else ""
-    if not image_arrays.is_number(count):
-        raise UserError(f"{file}: line 1: expected the number of images, found {count!r}; {MEND}")
-    rows, listed = [], {}
-    for (name, item, status), where in image_arrays.read_columns(lines[1:], file, COLUMNS):
-        if not re.fullmatch(r"id_[0-9]{8}", item) or int(item[3:]) < 1:
-            raise UserError(f"{where}: item {item!r} is not of the form id_00000001; {MEND}")
-        if status not in ROLES:
-            raise UserError(f"{where}: status {status!r} is none of {', '.join(ROLES)}; {MEND}")
-        path = image_arrays.image_path(images, name, where, linked="img")
-        if listed.setdefault(path, where) != where:
-            raise UserError(f"{where}: {name!r} is listed already, in {listed[path]}; {MEND}")
-        rows.append(Row(path, int(item[3:]), ROLES[status], where))
-    if int(count) != len(rows):
-        raise UserError(f"{file}: its first line says {count} images, {len(rows)} are listed; {MEND}")
-    return rows
+    training = Split("training", [], [])
+    test = Split("validation", [], [], roles=[])
+    lines = raw_lists.read_lines(file, ADVICE)
+    rows = raw_lists.read_columns(lines[1:], COLUMNS)
+    for (name, item, status), place in rows:
+        half = training if status == "train" else test
+        half.sources.append(raw_lists.image_path(images, name, place))
+        half.labels.append(raw_lists.read_class(item.removeprefix("id_"), LARGEST_ITEM, place))
+        if half is test:
+            half.roles.append(read_role(status, place))
+    if lines and lines[0][0].strip() != str(len(rows)):
+        count, place = lines[0]
+        raise UserError(f"{place}: says {count} images, {len(rows)} are listed; {raw_lists.MEND}")
+    return [training, test]
 
 
-def make_splits(rows: list[Row], listed_in: Path) -> list[Split]:
-    """Training images, and queries and gallery together, each in the order of the list.
-
-    Raises `UserError` naming `listed_in` or a line of it for a class of both halves, a half without images, and a query
-    whose item the gallery lacks.
-    """
-    training = [row for row in rows if row.role is None]
-    test = [row for row in rows if row.role is not None]
-    halves = (("training", training, []), ("validation", test, [row.role for row in test]))
-    splits = [Split(n, [r.path for r in half], [r.item for r in half], roles=roles) for n, half, roles in halves]
-    image_arrays.check_disjoint(splits, listed_in)
-    if QUERY not in splits[1].roles:
-        raise UserError(f"{listed_in}: no query; {MEND}")
-    gallery = {row.item for row in test if row.role == GALLERY}
-    for row in test:
-        if row.item not in gallery:
-            raise UserError(f"{row.where}: no image of item id_{row.item:08d} in the gallery; {MEND}")
-    return splits
+def read_role(status: str, place: str) -> int:
+    """Return the role of a test image; raises UserError for an unknown status."""
+    if status not in ROLES:
+        raise UserError(f"{place}: status {status!r} is not train, query or gallery")
+    return ROLES[status]
 
 
 if __name__ == "__main__":
-    image_arrays.run(main)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""Stanford Online Products -> data/sop/*.npy: the list Ebay_train.txt to train on, Ebay_test.txt to test on.
+"""Stanford Online Products -> data/sop/*.npy: Ebay_train.txt to train on, Ebay_test.txt to test on.
 
 python pre_process/pre_process_sop.py
 """
@@ -8,60 +8,50 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, when this is run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
-from pre_process import image_arrays
-from pre_process.image_arrays import MEND, Split
-from utils.errors import UserError
+from pre_process import raw_lists
+from pre_process.raw_lists import Split
+from pre_process.script import option_parser, write
+from utils.errors import run_script
 
 N_CLASSES = 22634
-HALVES = {"training": "Ebay_train.txt", "validation": "Ebay_test.txt"}
+TRAINING = "Ebay_train.txt"
+VALIDATION = "Ebay_test.txt"
 COLUMNS = "image_id class_id super_class_id path"
 ADVICE = (
-    "unpack Stanford_Online_Products.zip (https://cvgl.stanford.edu/projects/lifted_struct) so that Ebay_train.txt, "
-    "Ebay_test.txt and the folders *_final/ lie in data/sop/ or data/sop/Stanford_Online_Products/, or give --data_dir"
+    "python pre_process/download.py sop, or unpack Stanford_Online_Products.zip "
+    "(https://cvgl.stanford.edu/projects/lifted_struct) in data/sop/, or give --data_dir"
 )
 
 
 def main() -> None:
     """Read the options and the lists, write the four files."""
-    args = image_arrays.option_parser("sop", __doc__.splitlines()[0]).parse(sys.argv[1:])
-    home, raw = image_arrays.find_raw_folder(
-        args.data_dir, "sop", HALVES["training"], ["Stanford_Online_Products"], ADVICE
-    )
-    listed: dict[Path, str] = {}
-    splits = [read_half(raw, half, file, listed) for half, file in HALVES.items()]
-    image_arrays.check_disjoint(splits, raw / HALVES["validation"])
-    image_arrays.check_images_exist(list(listed))
-    image_arrays.write_splits(
-        "sop",
-        splits,
-        getattr(args, "out_dir", home),
-        image_size=args.image_size,
-        make_row=image_arrays.read_image,
-        workers=args.workers,
-    )
+    args = option_parser("sop", __doc__.splitlines()[0]).parse(sys.argv[1:])
+    patterns = (TRAINING, f"Stanford_Online_Products/{TRAINING}")
+    home, training = raw_lists.find_raw(args.data_dir, "sop", patterns, ADVICE)
+    validation = training.with_name(VALIDATION)
+    splits = [read_half("training", training), read_half("validation", validation)]
+    raw_lists.check_disjoint(splits, validation)
+    raw_lists.check_images_exist([path for split in splits for path in split.sources])
+    write("sop", splits, home, args)
 
 
-def read_half(raw: Path, half: str, name: str, listed: dict[Path, str]) -> Split:
-    """The images of a list and their official classes (1..22634), in its order; any subset of the classes will do.
+def read_half(name: str, file: Path) -> Split:
+    """Read the images of a list and their official classes (1-22634), in its order.
 
-    `listed` gets every image and where it was listed. Raises `UserError` naming file and line for what is missing,
-    malformed, double or out of range.
+    Any subset of the images will do. Raises UserError that names file and line for a list that is
+    missing or malformed.
     """
-    file = raw / name
-    paths, labels = [], []
-    lines = image_arrays.read_lines(file, ADVICE)
-    for (_, class_id, _, image), where in image_arrays.read_columns(lines, file, COLUMNS):
-        if not image_arrays.is_number(class_id):
-            raise UserError(f"{where}: class {class_id!r} is not a whole number; {MEND}")
-        path = image_arrays.image_path(raw, image, where)
-        if listed.setdefault(path, where) != where:
-            raise UserError(f"{where}: {image!r} is listed already, in {listed[path]}; {MEND}")
-        paths.append(path)
-        labels.append(image_arrays.checked_class(int(class_id), N_CLASSES, where))
-    return Split(half, paths, labels)
+    paths = []
+    labels = []
+    for (_, label, _, image), place in raw_lists.read_columns(
+        raw_lists.read_lines(file, ADVICE), COLUMNS
+    ):
+        paths.append(raw_lists.image_path(file.parent, image, place))
+        labels.append(raw_lists.read_class(label, N_CLASSES, place))
+    return Split(name, paths, labels)
 
 
 if __name__ == "__main__":
-    image_arrays.run(main)
+    run_script(main)

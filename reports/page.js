@@ -1,11 +1,11 @@
 "use strict";
-// Puts the charts into their places, in the colours of the page, and shows the image of a point that is picked.
+// Puts the charts into their places, in the colors of the page, and shows the image of a point that is picked.
 (() => {
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const drawn = [];
 
   function paint(doc) {
-    const [faint, rule, grid] = ["--faint", "--rule", "--grid"].map(colour);
+    const [faint, rule, grid] = ["--faint", "--rule", "--grid"].map(color);
     for (const model of doc.all_models) {
       if (model.type.endsWith("Axis")) {
         model.setv({axis_label_text_color: faint, major_label_text_color: faint, axis_line_color: rule,
@@ -36,15 +36,15 @@
     const holder = section.querySelector(".picked");
     const source = doc.get_model_by_name("points");
     const count = source.data.x.length;
-    let own = false;
+    let picking = false;
     const show = (point) => {
-      own = true;
+      picking = true;
       pick(holder, source, point);
-      own = false;
+      picking = false;
     };
     source.selected.change.connect(() => {
       const [point] = source.selected.indices;
-      if (!own && point !== undefined) show(point);
+      if (!picking && point !== undefined) show(point);
     });
     for (const button of section.querySelectorAll("button")) {
       button.addEventListener("click", () => {

@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 from forks import Forks
 
-from utils.process import share_cores
-
-share_cores()  # before anything imports torch
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # so starts a shell what runs in its background, and programs started by tests would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,13 +9,12 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from pre_process import image_arrays
 from utils.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +58,6 @@ def run_in_process(script: str, *argv: object, seconds: float = 60) -> Outcome:
 
     Anything but an exit, a traceback on a command line, comes out as it is; `TooSlow` after so many seconds.
     """
-    run: Callable = image_arrays.run if is_pre_processing(script) else run_script
     out, err = io.StringIO(), io.StringIO()
     main = module_of(script).main
     with process_as_before(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), within(seconds):
@@ -67,7 +65,7 @@ def run_in_process(script: str, *argv: object, seconds: float = 60) -> Outcome:
         show_warnings_as_python_does()
         warnings.showwarning = lambda *what, **_: print(*what, file=err)  # pytest would keep them to itself
         try:
-            run(main)
+            run_script(main)
         except SystemExit as ended:
             return Outcome(ended.code or 0, out.getvalue(), err.getvalue())
     raise AssertionError("run_script returned")

@@ -1,4 +1,4 @@
-"""What tests make: a tiny data set of coloured shapes, learnt in seconds, and an object that must not be unpickled."""
+"""A tiny data set of colored shapes, and an object that must not be unpickled."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40), (200, 60, 220), (40, 210, 210))
+COLORS = (
+    (220, 40, 40),
+    (40, 200, 60),
+    (50, 70, 230),
+    (230, 210, 40),
+    (200, 60, 220),
+    (40, 210, 210),
+)
 
 
 class Malicious:
-    """Pickles into a call that leaves a folder behind when it is unpickled."""
+    """Pickles into a call that makes a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -21,20 +28,26 @@ class Malicious:
 
 
 def shapes(count: int, classes: range, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (count, size, size, 3) and labels (count,): class c is a disc or square of its own colour."""
+    """Draw images uint8 (count, size, size, 3) with labels (count,).
+
+    Class c is a disc or a square of its own color, somewhere on noise.
+    """
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:size, :size]
     images = rng.integers(90, 130, (count, size, size, 3)).astype(np.uint8)
     labels = np.array([classes[i % len(classes)] for i in range(count)])
     for image, label in zip(images, labels, strict=True):
         y, x = rng.integers(size // 3, 2 * size // 3 + 1, 2)
-        down, right = np.abs(rows - y), np.abs(columns - x)
-        inside = np.hypot(down, right) < size / 4 if label % 2 else np.maximum(down, right) < size / 4
-        image[inside] = COLOURS[label % len(COLOURS)]
+        down = np.abs(rows - y)
+        right = np.abs(columns - x)
+        distance = np.hypot(down, right) if label % 2 else np.maximum(down, right)
+        image[distance < size / 4] = COLORS[label % len(COLORS)]
     return images, labels
 
 
-def write_split(folder: Path, dataset: str, split: str, images: np.ndarray, labels: np.ndarray) -> Path:
+def write_split(
+    folder: Path, dataset: str, split: str, images: np.ndarray, labels: np.ndarray
+) -> Path:
     """Write one half of a data set below `folder`; returns the image file."""
     stem = f"{split}_{dataset}_{images.shape[1]}resized"
     (folder / dataset).mkdir(parents=True, exist_ok=True)
@@ -43,7 +56,9 @@ def write_split(folder: Path, dataset: str, split: str, images: np.ndarray, labe
     return folder / dataset / f"{stem}_img.npy"
 
 
-def write_dataset(folder: Path, dataset: str = "tiny", count: int = 24, size: int = 32, seed: int = 0) -> Path:
+def write_dataset(
+    folder: Path, dataset: str = "tiny", count: int = 24, size: int = 32, seed: int = 0
+) -> Path:
     """Write both halves, `count` images of 4 classes each; returns `folder`, the --data_dir."""
     write_split(folder, dataset, "training", *shapes(count, range(1, 5), size, seed))
     write_split(folder, dataset, "validation", *shapes(count, range(5, 9), size, seed + 1))
@@ -51,8 +66,9 @@ def write_dataset(folder: Path, dataset: str = "tiny", count: int = 24, size: in
 
 
 def write_dataset_by_chance(folder: Path) -> Path:
-    """`write_dataset` whose test labels are shuffled, so that scores lie in the middle, where a fault would show."""
+    """Write the data set with shuffled test labels: scores in the middle, where a fault shows."""
     write_dataset(folder)
     images, labels = shapes(24, range(5, 9), 32, seed=1)
-    write_split(folder, "tiny", "validation", images, np.random.default_rng(2).permutation(labels))
+    shuffled = np.random.default_rng(2).permutation(labels)
+    write_split(folder, "tiny", "validation", images, shuffled)
     return folder

@@ -1,186 +1,158 @@
-"""Nearest neighbours: against the literal search in float64."""
+"""search.py: it finds the nearest images, measures its recall, and draws what it found."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
+from photos import make_photos, read_table, save_network
+from PIL import Image
+from scripts import Outcome, failed, run_in_process
 
-from utils import search
-from utils.search import first_hit_ranks, nearest_neighbors
-
-
-def rows(count: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, columns, generator=torch.Generator().manual_seed(seed))
+import utils.index
+from datasets.images import find_images
+from utils.errors import UserError
+from utils.index import Index
+from utils.sheets import thumbnail
 
 
-def literal_distances(queries: Tensor, features: Tensor) -> Tensor:
-    """(Q, N) float64: sum over the columns of (q - x)^2."""
-    return (queries.double()[:, None] - features.double()[None]).square().sum(2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Photos, a network and the embeddings of the photos."""
+    folder = tmp_path_factory.mktemp("embedded")
+    photos = make_photos(folder / "photos")
+    checkpoint = save_network(folder / "net.pth", flip_eval=True)
+    result = run_in_process(
+        "embed.py", "--images", photos, "--checkpoint_path", checkpoint, "--out", folder / "e.npy"
+    )
+    assert result.code == 0
+    return folder
 
 
-def literal_order(features: Tensor) -> Tensor:
-    """(N, N - 1) the other rows of each row, nearest first, lower index first at equal distance."""
-    distances = literal_distances(features, features).fill_diagonal_(torch.inf)
-    return distances.argsort(dim=1, stable=True)[:, :-1]
+def search(folder: Path, *argv: object) -> Outcome:
+    file = folder / "e.npy"
+    return run_in_process("search.py", "--embeddings", file, *argv, "--device", "cpu")
 
 
-def literal_ranks(features: Tensor, labels: Tensor, limit: int) -> Tensor:
-    same = labels[literal_order(features)] == labels[:, None]
-    first = torch.where(same.any(1), same.int().argmax(1), limit)
-    return first.clamp(max=limit)
+def test_hits_are_the_nearest_other_images(folder, tmp_path):
+    photos = folder / "photos"
+    queries = [photos / "owl", photos / "cat/00.jpg"]
+    result = search(folder, "--query", *queries, "--k", 3, "--json", tmp_path / "hits.json")
+    assert (result.code, result.err) == (0, "") and "12 images; exact search" in result.out
+    rows = np.load(folder / "e.npy").astype(np.float64)
+    paths = [row["path"] for row in read_table(folder / "e.csv")]
+    answers = json.loads((tmp_path / "hits.json").read_text())
+    expected = [*find_images(photos / "owl"), photos / "cat/00.jpg"]
+    assert [answer["query"] for answer in answers] == list(map(str, expected))
+    for answer in answers:
+        row = paths.index(answer["query"])
+        distances = np.linalg.norm(rows - rows[row], axis=1)
+        nearest = [number for number in distances.argsort() if number != row][:3]
+        assert [hit["path"] for hit in answer["hits"]] == [paths[number] for number in nearest]
+        assert [hit["rank"] for hit in answer["hits"]] == [1, 2, 3]
+        hit_distances = [hit["distance"] for hit in answer["hits"]]
+        np.testing.assert_allclose(hit_distances, distances[nearest], atol=1e-5)
+        for hit in answer["hits"]:
+            line = f"   {hit['rank']}  {hit['distance']:.4f}  {hit['path']}\n"
+            assert line in result.out
 
 
-def test_nearest_other_row() -> None:
-    features = rows(300, 7)
-    distances, indices = nearest_neighbors(features)
-    assert torch.equal(indices[:, 0], literal_order(features)[:, 0])
-    expected = literal_distances(features, features)[torch.arange(300), indices[:, 0]]
-    torch.testing.assert_close(distances[:, 0], expected.float())
-    assert (distances.dtype, indices.dtype) == (torch.float32, torch.int64)
+def test_twin_from_elsewhere(folder, tmp_path):
+    """Its distance is zero, not what rounding in products of float32 leaves."""
+    copy = tmp_path / "copy.jpg"
+    copy.write_bytes((folder / "photos/dog/03.jpg").read_bytes())
+    result = search(folder, "--query", copy, "--json", tmp_path / "hits.json")
+    assert result.code == 0
+    hits = json.loads((tmp_path / "hits.json").read_text())[0]["hits"]
+    assert hits[0]["path"] == str(folder / "photos/dog/03.jpg") and hits[0]["distance"] < 1e-5
+    assert len(hits) == 10
 
 
-def test_more_neighbours_and_arrays() -> None:
-    features = rows(150, 5)
-    _, indices = nearest_neighbors(features.numpy(), 6)
-    assert torch.equal(indices, literal_order(features)[:, :6])
-    assert nearest_neighbors(features, 149)[1].shape == (150, 149)
+def test_contact_sheet(folder, tmp_path):
+    query = folder / "photos/cat/00.jpg"
+    sheet_file = tmp_path / "s.png"
+    result = search(folder, "--query", query.parent, "--k", 11, "--sheet", sheet_file)
+    assert result.code == 0
+    sheet = np.array(Image.open(sheet_file))
+    assert sheet.shape == (3 * 170 + 8, 12 * 136 + 24, 3)
+    tile = np.array(thumbnail(str(query)))
+    left = 8 + (128 - tile.shape[1]) // 2
+    top = 8 + (128 - tile.shape[0]) // 2
+    assert np.array_equal(sheet[top : top + tile.shape[0], left : left + tile.shape[1]], tile)
+    last_hit = sheet[8:136, 16 + 11 * 136 : 144 + 11 * 136]
+    assert (last_hit != 255).any()
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_queries_search_all_rows(k: int) -> None:
-    features, queries = rows(90, 6), rows(40, 6, seed=1)
-    distances, indices = nearest_neighbors(features, k, queries=queries)
-    assert torch.equal(indices, literal_distances(queries, features).argsort(dim=1)[:, :k])
-    assert nearest_neighbors(features, queries=features)[0].max() == 0  # here a row may find itself
-    assert (distances.diff(dim=1) >= 0).all()
+def test_thumbnail_of_a_row_of_an_array(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "a_img.npy", images)
+    assert np.array_equal(thumbnail(f"{tmp_path / 'a_img.npy'}#2"), images[2])
+    assert thumbnail(f"{tmp_path / 'a_img.npy'}#3").size == (128, 128)  # a row that is not there
 
 
-def test_duplicates_take_the_lower_index_and_never_themselves() -> None:
-    features = rows(50, 4).repeat(3, 1)
-    distances, indices = nearest_neighbors(features)
-    expected = torch.cat([torch.arange(50) + 50, torch.arange(50), torch.arange(50)])
-    assert torch.equal(indices[:, 0], expected)
-    assert distances.max() == 0
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_recall_of_an_approximate_index(kind):
+    rows = np.random.default_rng(0).standard_normal((1200, 8)).astype(np.float32)
+    poor = Index(rows, kind, nprobe=1, ef_search=1)
+    good = Index(rows, kind, nprobe=1000, ef_search=1200)
+    share, n_queries = poor.recall(5)
+    assert n_queries == 1000 and share < 0.9 < 0.999 < good.recall(5)[0] <= 1
+    drawn = np.random.default_rng(0).permutation(1200)[:1000]
+    hits = 0
+    for query, numbers in zip(drawn, poor.search(rows[drawn], 6)[1], strict=True):
+        order = np.square(rows - rows[query]).sum(1).argsort(kind="stable")
+        hits += len(set(order[1:6]) & set(numbers))
+    assert share == pytest.approx(hits / 5000, abs=1e-3)
+    for values, expected in zip(
+        good.search(rows[:7], 4), Index(rows).search(rows[:7], 4), strict=True
+    ):
+        assert np.array_equal(values, expected)
 
 
-@pytest.mark.parametrize(("shift", "scale"), [(1e4, 1.0), (0.0, 1e25), (0.0, 1e-25), (-3e5, 1e3)])
-def test_far_huge_and_tiny_rows_stay_exact(shift: float, scale: float) -> None:
-    features = ((rows(200, 8) + shift) * scale).float()
-    assert torch.equal(nearest_neighbors(features)[1][:, 0], literal_order(features)[:, 0])
+def test_approximate_search(folder):
+    query = folder / "photos/cat"
+    result = search(folder, "--query", query, "--k", 2, "--index", "hnsw")
+    assert result.code == 0
+    assert "recall@2 against exact search: 100.00 % (on 12 of the images)" in result.out
+    result = search(folder, "--query", query, "--index", "ivf", "--nprobe", 1)
+    assert result.code == 0 and "ivf, 1 cells, 1 looked into" in result.out
 
 
-def test_differences_that_float32_scores_cannot_see() -> None:
-    features = 1 + 1e-9 * rows(120, 8).double()
-    features[0] += 1e3
-    assert torch.equal(nearest_neighbors(features)[1][:, 0], literal_order(features)[:, 0])
+def test_without_faiss(monkeypatch):
+    monkeypatch.setattr(utils.index, "faiss", None)
+    with pytest.raises(UserError, match="needs faiss"):
+        Index(np.ones((2, 2), np.float32))
 
 
-@pytest.mark.parametrize("side", [64, 128])
-def test_block_size_does_not_change_results(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    features, labels = rows(400, 6), torch.arange(400) % 37
-    before = nearest_neighbors(features), nearest_neighbors(features, 5), first_hit_ranks(features, labels, 8)
-    monkeypatch.setattr(search, "CPU_SIDE", side)
-    after = nearest_neighbors(features), nearest_neighbors(features, 5), first_hit_ranks(features, labels, 8)
-    for a, b in zip((*before[0], *before[1], before[2]), (*after[0], *after[1], after[2]), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(before[2], first_hit_ranks(features, labels, 8, memory_mb=0.1))
+def test_moved_and_changed_networks(folder, tmp_path):
+    for name in ("e.npy", "e.csv"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    facts = json.loads((folder / "e.json").read_text())
+    gone = tmp_path / "gone.pth"
+    (tmp_path / "e.json").write_text(json.dumps(facts | {"checkpoint": str(gone)}))
+    query = folder / "photos/cat/00.jpg"
+    failed(search(tmp_path, "--query", query), "gone.pth: no such file")
+    moved = search(tmp_path, "--query", query, "--checkpoint_path", folder / "net.pth")
+    assert moved.code == 0
+    save_network(gone, seed=6)
+    failed(search(tmp_path, "--query", query), "gone.pth: is not the network that made")
+    (tmp_path / "e.npy").write_bytes((tmp_path / "e.npy").read_bytes()[:-200])
+    failed(search(tmp_path, "--query", query), "e.npy: not a .npy array, or truncated")
 
 
-def test_lowered_matmul_precision_does_not_matter() -> None:
-    features = rows(300, 64)
-    expected = nearest_neighbors(features)[1]
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(nearest_neighbors(features)[1], expected)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+REFUSED = [
+    ("--embeddings e.npy", "required: --query"),
+    ("--embeddings none.npy --query a.jpg", "none.json: no such file; make it with embed.py"),
+    ("--embeddings e.npy --query a.jpg --nprobe 3", "--nprobe goes with --index ivf"),
+    ("--embeddings e.npy --query a.jpg --sheet s.jpg", "must end in .png"),
+    ("--embeddings e.npy --query nowhere.jpg", "nowhere.jpg: no such file"),
+    ("--embeddings e.npy --query net.pth", "net.pth: is not an image"),
+]
 
 
-@given(
-    st.integers(2, 90),
-    st.integers(1, 4),
-    st.integers(1, 12),
-    st.integers(1, 9),
-    st.booleans(),
-    st.integers(0, 2**31),
-)
-@settings(max_examples=60, deadline=None)
-def test_first_hit_ranks(count: int, columns: int, classes: int, limit: int, ties: bool, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(count, columns, generator=generator)
-    if ties:  # few distinct values: duplicates and equal distances everywhere
-        features = features.round().clamp(-1, 1)
-    labels = torch.randint(classes, (count,), generator=generator)
-    assert torch.equal(first_hit_ranks(features, labels, limit), literal_ranks(features, labels, limit))
-
-
-def gallery_ranks(queries: Tensor, asked: Tensor, features: Tensor, labels: Tensor, limit: int) -> Tensor:
-    """From the definition: how many rows come before the first one with the query's label."""
-    order = literal_distances(queries, features).argsort(dim=1, stable=True)
-    same = labels[order] == asked[:, None]
-    return torch.where(same.any(1), same.int().argmax(1), limit).clamp(max=limit)
-
-
-@given(
-    st.integers(1, 90),
-    st.integers(1, 90),
-    st.integers(1, 4),
-    st.integers(1, 12),
-    st.integers(1, 100),
-    st.booleans(),
-    st.integers(0, 2**31),
-)
-@settings(max_examples=60, deadline=None)
-def test_first_hit_ranks_in_a_gallery(
-    asked: int, count: int, columns: int, classes: int, limit: int, ties: bool, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    features, queries = (torch.randn(size, columns, generator=generator) for size in (count, asked))
-    if ties:
-        features, queries = features.round().clamp(-1, 1), queries.round().clamp(-1, 1)
-    labels, own = (torch.randint(classes, (size,), generator=generator) for size in (count, asked))  # some lack any
-    expected = gallery_ranks(queries, own, features, labels, limit)
-    assert torch.equal(first_hit_ranks(features, labels, limit, queries=queries, query_labels=own), expected)
-
-
-@pytest.mark.parametrize("memory_mb", [1, 512])
-def test_first_hit_ranks_in_a_gallery_of_several_blocks(memory_mb: float) -> None:
-    features, queries = rows(2300, 8), rows(1200, 8, seed=1) * 3 + 5  # queries far from the gallery
-    labels, own = torch.arange(2300) % 700, torch.arange(1200) % 701
-    expected = gallery_ranks(queries, own, features, labels, 1000)
-    assert 0 < int((expected == 1000).sum()) < 1200
-    found = first_hit_ranks(features, labels, 1000, queries=queries, query_labels=own, memory_mb=memory_mb)
-    assert torch.equal(found, expected)
-
-
-def test_collapsed_rows_rank_by_index() -> None:
-    labels = torch.arange(1500) % 3
-    ranks = first_hit_ranks(torch.ones(1500, 16), labels, 8)
-    assert torch.equal(ranks, literal_ranks(torch.ones(1500, 1), labels, 8))
-
-
-@pytest.mark.parametrize(
-    ("features", "k", "message"),
-    [
-        (torch.ones(4), 1, "shape"),
-        (torch.ones(4, 0), 1, "shape"),
-        (torch.ones(4, 2, dtype=torch.int64), 1, "floating-point"),
-        (torch.tensor([[1.0], [float("nan")]]), 1, "1 of 2 rows"),
-        (torch.ones(4, 2), 4, r"1 \.\. 3"),
-        (torch.ones(4, 2), 0, r"1 \.\. 3"),
-    ],
-)
-def test_errors(features: Tensor, k: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        nearest_neighbors(features, k)
-
-
-def test_queries_of_another_width() -> None:
-    with pytest.raises(ValueError, match="3 columns, features 2"):
-        nearest_neighbors(np.ones((4, 2)), queries=np.ones((4, 3)))
+@pytest.mark.parametrize(("command", "message"), REFUSED)
+def test_refused(folder, monkeypatch, command, message):
+    monkeypatch.chdir(folder)
+    failed(run_in_process("search.py", *command.split()), message)

@@ -1,13 +1,15 @@
-"""Many processes with one batch: who this process is, and what they tell each other. One process alone is a case of it.
+"""Several processes that share a batch, and what they tell each other. One process alone is a case
+of it.
 
-Every process works on its share of a batch and all of them compute the same losses of the whole batch. A sum over the
-processes therefore has a sum over the processes as its gradient, and a weight's gradient, averaged over the processes
-by DistributedDataParallel, is the one that a single process has.
+Every process works on its share of a batch, and all of them compute the same loss of the whole
+batch. Therefore the gradient of a sum over the processes is a sum over the processes, and the
+gradient of a weight, averaged by DistributedDataParallel, is that of a single process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,15 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.process import place
 
-# The first process scores the test half while the others wait. That a process died is noticed at once without it.
-TIMEOUT = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)  # the first process scores while the rest wait
 JOIN_TIMEOUT = timedelta(minutes=5)
 
 
 class _Sum(torch.autograd.Function):
-    """all_reduce whose gradient is all_reduce (torch's own has moved to a private module)."""
+    """all_reduce whose gradient is all_reduce."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -41,10 +41,11 @@ class _Sum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a job as one of them sees it: number `rank` of `count`, `local_rank` on its machine.
+    """The processes of a job as process number `rank` of `count` sees them.
 
-    A batch of m images in two views, 2m rows, lies on them by images: process r holds both views of the images
-    r m / count to (r + 1) m / count, first views first. With `count` 1 every method gives back what it is given.
+    A batch of m images in two views lies on them by images: process r holds both views of the
+    images r m / count to (r + 1) m / count, first views first. With `count` 1 every method returns
+    what it is given.
     """
 
     rank: int = 0
@@ -52,8 +53,8 @@ class Processes:
     local_rank: int = 0
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that writes files, prints and scores."""
+    def is_first(self) -> bool:
+        """Whether this process writes files, prints and scores."""
         return self.rank == 0
 
     @property
@@ -62,45 +63,43 @@ class Processes:
         return self.rank, self.count
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of every process's x (same shape everywhere), differentiable."""
+        """Return the sum of every process's x (same shape everywhere), differentiable."""
         return x if self.count == 1 else _Sum.apply(x)
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of every process's x (same shape everywhere), differentiable."""
+        """Return the mean of every process's x (same shape everywhere), differentiable."""
         return x if self.count == 1 else _Sum.apply(x) / self.count
 
     def gather_views(self, rows: Tensor) -> Tensor:
-        """The rows (2m, ...) of the whole batch from every process's (2m / count, ...), differentiable."""
+        """Return the rows (2m, ...) of the whole batch from every process's (2m / count, ...),
+        differentiable.
+        """
         if self.count == 1:
             return rows
-        images = len(rows) // 2
-        whole = rows.new_zeros(2, self.count, images, *rows.shape[1:])
-        whole[:, self.rank] = rows.reshape(2, images, *rows.shape[1:])  # every other place is zero: the sum is exact
-        return self.sum(whole).flatten(0, 2)
+        n_images = len(rows) // 2
+        whole = rows.new_zeros(2, self.count, n_images, *rows.shape[1:])
+        whole[:, self.rank] = rows.reshape(2, n_images, *rows.shape[1:])
+        return self.sum(whole).flatten(0, 2)  # all other places are zero: the sum is exact
 
     def own_views(self, rows: Tensor) -> Tensor:
-        """This process's rows (2m / count, ...) of the whole batch's (2m, ...)."""
+        """Return this process's rows (2m / count, ...) of the whole batch's (2m, ...)."""
         if self.count == 1:
             return rows
         return rows.reshape(2, self.count, -1, *rows.shape[1:])[:, self.rank].flatten(0, 1)
 
     def gather_batches(self, batches: Sequence[Tensor]) -> Tensor:
-        """All rows in order, on the CPU: this process holds batch number rank, rank + count, rank + 2 count, ..."""
+        """Return all rows in order, on the CPU; this process holds the batches rank, rank + count,
+        ...
+        """
         if self.count == 1:
             return torch.cat(list(batches))
-        shapes: list[list[torch.Size]] = [[] for _ in range(self.count)]
-        dist.all_gather_object(shapes, [batch.shape for batch in batches])
-        total = sum(map(len, shapes))
-        in_order = [shapes[number % self.count][number // self.count] for number in range(total)]
-        whole = torch.zeros(sum(shape[0] for shape in in_order), *in_order[0][1:])
-        places = whole.split([shape[0] for shape in in_order])
-        for place_, batch in zip(places[self.rank :: self.count], batches, strict=True):
-            place_.copy_(batch)
-        dist.all_reduce(whole)
-        return whole
+        gathered: list[list[Tensor]] = [[] for _ in range(self.count)]
+        dist.all_gather_object(gathered, list(batches))
+        total = sum(map(len, gathered))
+        return torch.cat([gathered[n % self.count][n // self.count] for n in range(total)])
 
     def largest(self, number: int) -> int:
-        """The largest of every process's number."""
+        """Return the largest of every process's number."""
         if self.count == 1:
             return number
         numbers = torch.tensor(number)
@@ -108,38 +107,61 @@ class Processes:
         return int(numbers)
 
     def from_first(self, value: Any) -> Any:
-        """The first process's value (a number, a text, an array, ... or None)."""
+        """Return the first process's value: plain data, arrays, tensors on the CPU."""
         if self.count == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
 
-    def from_first_tensor(self, x: Tensor) -> Tensor:
-        """The first process's x (same shape and type everywhere)."""
+    def by_first(self, work: Callable[[], Any]) -> Any:
+        """Have the first process work, and return its result (as `from_first`) in all of them.
+
+        A UserError of the first process is raised in all of them.
+        """
+        if self.count == 1:
+            return work()
+        result = error = None
+        if self.is_first:
+            try:
+                result = work()
+            except UserError as fault:
+                error = fault
+        result, error = self.from_first((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def labels_from_first(self, labels: Tensor) -> Tensor:
+        """Return the first process's labels (same shape everywhere), without copies through the
+        host.
+        """
         if self.count > 1:
-            x = x.contiguous()
-            dist.broadcast(x, 0)
-        return x
+            dist.broadcast(labels, 0)
+        return labels
 
     def check_same(self, facts: dict[str, Any]) -> None:
-        """Raise UserError, naming the fact, where a process has another value of one than the first process."""
-        for name, theirs in self.from_first(facts).items():
-            if facts[name] != theirs:
+        """Raise UserError, naming the fact, if a process has another value than the first process."""
+        for name, expected in self.from_first(facts).items():
+            if facts[name] != expected:
                 raise UserError(
-                    f"{name} is {facts[name]} in process {self.rank} and {theirs} in process 0; give every machine the "
-                    "same command and the same files"
+                    f"{name} is {facts[name]} in process {self.rank} and {expected} in process 0; "
+                    f"give every "
+                    "machine the same command and the same files"
                 )
 
-    def parallel(self, module: nn.Module, device: torch.device, every_weight: bool = True) -> nn.Module:
-        """`module`, with its gradients averaged over the processes (DistributedDataParallel) if there are several.
+    def parallel(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """Return `module` with its gradients averaged over the processes, if there are several.
 
-        every_weight: whether each weight has a part in the module's result.
+        Buffers are not broadcast: every process computes the same ones.
         """
         if self.count == 1:
             return module
         return nn.parallel.DistributedDataParallel(
-            module, [device] if device.type == "cuda" else None, find_unused_parameters=not every_weight
+            module,
+            [device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=True,  # the cluster head and the decoder have no part in some methods
         )
 
 
@@ -148,42 +170,38 @@ ALONE = Processes()
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the processes that torchrun started with this one (gloo for tensors on the CPU, nccl on GPUs), and leave.
+    """Join the processes that torchrun started with this one, and leave; `ALONE` without torchrun.
 
-    Without torchrun: `ALONE`. Of all processes that fail only the first one's exception goes on, the others exit
-    without a word; a process that lost another one which said nothing (killed, its machine gone) raises UserError.
+    Of all processes that fail, only the first one's exception goes on. A process that lost another
+    one without a message (killed, its machine gone) raises UserError.
     """
-    here = place()
-    if here is None or here.count == 1:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
         yield ALONE
         return
     store, rank, count = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
-    processes = Processes(rank, count, here.local_rank)
+    processes = Processes(rank, count, int(os.environ["LOCAL_RANK"]))
     try:
         yield processes
-        processes.largest(0)  # a process that is done waits: one that still works may fail
+        processes.largest(0)  # wait for processes that still work
     except (Exception, KeyboardInterrupt) as error:
-        if _failures(store) > 1:
+        if _count_failure(store) > 1:
             raise SystemExit(getattr(error, "status", 1)) from None
-        if _lost_another(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise UserError(
-                f"one of the {count} processes ended without a message (killed, as for lack of memory, or its machine "
-                "is gone); what was saved last can be continued with --resume"
+                f"one of the {count} processes ended without a message (killed, or its machine is "
+                f"gone); "
+                "resume the run from what was saved last"
             ) from None
         raise
     dist.destroy_process_group()
 
 
-def _failures(store: dist.Store) -> int:
-    """Number of processes that failed so far, with this one; 1 if none can tell."""
+def _count_failure(store: dist.Store) -> int:
+    """Return the number of processes that failed so far, with this one; 1 if the store is gone."""
     try:
         return store.add("failures", 1)
-    except RuntimeError:  # the store went with the process that held it
+    except RuntimeError:
         return 1
-
-
-def _lost_another(error: BaseException) -> bool:
-    """Whether a collective failed because its other side is gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

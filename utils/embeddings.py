@@ -1,206 +1,191 @@
-"""A file of embeddings: rows that are appended batch by batch, their paths, and which network made them.
+"""A file of embeddings that grows batch by batch and goes on after a kill.
 
-`FILE.npy` holds the rows, `FILE.csv` path and class of each, `FILE.json` what they were made of and by. Until all are
-complete they are called `FILE.npy.part` and so on; what `FILE.json.part` counts is on the disk in the other two.
+`FILE.npy` holds the rows, `FILE.csv` the path and class of each row, `FILE.json` the facts: what
+was embedded, and by which network. Until everything is embedded the three names end in `.part`,
+and `FILE.json.part` says how much of the other two files is safe on the disk.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
-import io
 import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import lock_open_file, sync_folder, write_json
+from utils.files import disk_faults, lock_file, sync_folder, write_json
 
-SAVE_EVERY = 2.0  # seconds; what is lost when the process is killed outright
-SOURCE = ("source", "images")  # what is embedded; all other facts are about how
-
-
-def names_of(file: Path) -> dict[str, Path]:
-    """The three files by their kinds: npy, csv, json."""
-    return {kind: file.with_suffix(f".{kind}") for kind in ("npy", "csv", "json")}
-
-
-def network_hash(model) -> str:
-    """SHA-256 of the names, types, shapes and values of all that makes embeddings: backbone and embedding head."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if name.startswith(("base_model.", "feat_ext.")):
-            array = value.detach().cpu().contiguous().numpy()
-            digest.update(f"{name} {array.dtype} {array.shape}\0".encode())
-            digest.update(array.tobytes())
-    return digest.hexdigest()
+SAVE_EVERY = 2.0  # seconds of work that a kill may cost
+NOT_COMPARED = ("checkpoint", "weights", "seed")  # the hash of the network says more
+CSV_FORMAT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+ADVICE = "choose another name, or overwrite it"
+NO_ROOM = "make room; the same command goes on"
 
 
 class EmbeddingWriter:
-    """Writes a file of embeddings, or goes on with one that was interrupted; one process at a time."""
+    """Writes a file of embeddings, or goes on with an unfinished one.
 
-    def __init__(self, file: Path, facts: dict, dimension: int, half: bool, overwrite: bool) -> None:
-        """facts: what `FILE.json` is to say; an unfinished file is continued if it says the same.
+    Attributes:
+        complete: whether the file is finished, now or by an earlier run.
+        images: number of images that are done; unreadable ones count, though they have no row.
+        rows: number of rows.
+        unreadable: path and reason of each unreadable image.
+    """
 
-        Raises UserError where a file of other facts lies there, unless `overwrite`, or another process writes it.
+    def __init__(self, file: Path, facts: dict, overwrite: bool = False) -> None:
+        """Open the files.
+
+        Args:
+            facts: content of `FILE.json`, with `dimension` D and `dtype` of the rows.
+            overwrite: begin anew, whatever is there.
+
+        Raises UserError if a file of other facts is there, or another process is writing it.
         """
-        self.names = names_of(file)
-        self.parts = {kind: path.with_name(path.name + ".part") for kind, path in self.names.items()}
-        self.facts = facts | {"dimension": dimension, "dtype": "float16" if half else "float32"}
-        self.dtype, self.dimension = np.dtype(self.facts["dtype"]), dimension
-        self.images = self.rows = 0  # images looked at; rows written, fewer where some are unreadable
-        self.done = self._finished(overwrite)
-        if self.done:
+        self.facts = facts
+        self._paths = _paths_of(file)
+        self._parts = {kind: _part(path) for kind, path in self._paths.items()}
+        self._dtype = np.dtype(facts["dtype"]).newbyteorder("<")
+        saved = {} if overwrite else self._read_saved()
+        self.images, self.rows, csv_size = saved.get("progress", (0, 0, 0))
+        self.unreadable = saved.get("unreadable", [])
+        self.complete = "rows" in saved
+        if self.complete:
+            self.rows = saved["rows"]
             return
-        saved = self._unfinished(overwrite)
-        self._out = open(self.parts["npy"], "ab+")  # noqa: SIM115  # until close
-        self._lock()
-        self._table = open(self.parts["csv"], "ab+")  # noqa: SIM115
-        self.unreadable: list[list[str]] = saved.get("unreadable", [])
-        self.images, self.rows, end = saved.get("progress", (0, 0, 0))
-        end = end if self.images else 0
-        self._out.truncate(0 if self.images == 0 else self._start() + self.rows * self.dimension * self.dtype.itemsize)
-        self._table.truncate(end)
-        for file in (self._out, self._table):
-            file.seek(0, os.SEEK_END)
-        if self.images == 0:
-            self._out.write(self._header(0))
-            self._table.write(_csv_lines([("path", "class")]))
-        self._saved = time.monotonic()
+        for kind in ("npy", "csv"):
+            self._parts[kind].touch()
+        self._npy = open(self._parts["npy"], "rb+")  # noqa: SIM115  # see close
+        self._csv = open(self._parts["csv"], "r+", **CSV_FORMAT)  # noqa: SIM115
+        self._table = csv.writer(self._csv, lineterminator="\n")
+        if not lock_file(self._npy.fileno()):
+            raise UserError(f"{file}: another process is writing it; choose another name")
+        row_size = facts["dimension"] * self._dtype.itemsize
+        self._npy.truncate(self._write_header() + self.rows * row_size)
+        self._csv.truncate(csv_size)
+        self._csv.seek(csv_size)
+        if csv_size == 0:
+            self._table.writerow(("path", "class"))
+        self._save()
 
-    def add(self, rows: np.ndarray, listed: Sequence[tuple[str, str]], images: int, unreadable=()) -> None:
-        """Append embeddings (b, D) with path and class of each; `images` were looked at, those unreadable included."""
-        self._out.write(np.ascontiguousarray(rows, dtype=self.dtype).tobytes())
-        self._table.write(_csv_lines(listed))
+    def add(
+        self,
+        rows: np.ndarray,
+        listed: Sequence[tuple[str, str]],
+        unreadable: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Append the embeddings (b, D) of a batch, with path and class of each row."""
+        self.images += len(listed) + len(unreadable)
         self.rows += len(rows)
-        self.images += images
-        self.unreadable += [list(fault) for fault in unreadable]
-        if time.monotonic() - self._saved >= SAVE_EVERY:
-            self.save()
-
-    def save(self) -> None:
-        """Bring all rows to the disk and then say so: from here on an interrupted run goes on."""
-        for file in (self._out, self._table):
-            file.flush()
-            os.fsync(file.fileno())
-        state = {**self.facts, "unreadable": self.unreadable, "progress": [self.images, self.rows, self._table.tell()]}
-        write_json(self.parts["json"], state)
-        self._saved = time.monotonic()
+        self.unreadable += unreadable
+        with disk_faults(self._paths["npy"], NO_ROOM):
+            self._npy.write(rows.astype(self._dtype).tobytes())
+            self._table.writerows(listed)
+            if time.monotonic() - self._last_save >= SAVE_EVERY:
+                self._save()
 
     def finish(self) -> None:
-        """Give the files their names; FILE.json comes last: without it they do not count."""
-        self._out.close()
-        self._table.close()
-        with open(self.parts["npy"], "rb+") as out:
-            out.write(self._header(self.rows))
+        """Give the files their names, `FILE.json` last: without it the others do not count."""
+        self._save()
+        self._npy.close()
+        self._csv.close()
+        self._paths["json"].unlink(missing_ok=True)
         for kind in ("npy", "csv"):
-            with open(self.parts[kind], "rb+") as file:
-                os.fsync(file.fileno())
-        self.names["json"].unlink(missing_ok=True)
-        for kind in ("npy", "csv"):
-            os.replace(self.parts[kind], self.names[kind])
-        write_json(self.names["json"], {**self.facts, "rows": self.rows, "unreadable": self.unreadable})
-        self.parts["json"].unlink(missing_ok=True)
-        sync_folder(self.names["npy"].parent)
+            os.replace(self._parts[kind], self._paths[kind])
+        facts = self.facts | {"rows": self.rows, "unreadable": self.unreadable}
+        write_json(self._paths["json"], facts)
+        self._parts["json"].unlink()
+        sync_folder(self._paths["npy"].parent)
+        self.complete = True
 
     def close(self) -> None:
-        """Save what is there and let other processes have the file."""
-        if not self.done and not self._out.closed:
-            self.save()
-            self._out.close()
-            self._table.close()
+        """Save what is there, and let other processes have the files."""
+        if not self._npy.closed:
+            for step in (self._save, self._npy.close, self._csv.close):
+                with suppress(OSError, UserError):  # it was reported; what is saved stays whole
+                    step()
 
-    def _finished(self, overwrite: bool) -> bool:
-        """Whether the very file is there already; UserError for another one."""
-        there = [path for path in self.names.values() if path.exists()]
-        if overwrite or not there:
-            return False
-        if not self.names["json"].exists():
-            if self.parts["json"].exists():  # ended between two renames: all rows are made again
-                return False
-            raise UserError(f"{there[0]}: is there already and was not made by embed.py; choose another --out, or give "
-                            "--overwrite")  # fmt: skip
-        found = _read_json(self.names["json"])
-        self._compare(found, self.names["json"], "choose another --out, or give --overwrite")
-        self.rows = found["rows"]
-        return True
+    def _save(self) -> None:
+        """Bring the rows to the disk, then write how many they are."""
+        with disk_faults(self._paths["npy"], NO_ROOM):
+            self._write_header()
+            self._npy.seek(0, os.SEEK_END)
+            for file in (self._npy, self._csv):
+                file.flush()
+                os.fsync(file.fileno())
+            progress = (self.images, self.rows, self._csv.tell())
+            facts = self.facts | {"unreadable": self.unreadable, "progress": progress}
+            write_json(self._parts["json"], facts)
+        self._last_save = time.monotonic()
 
-    def _unfinished(self, overwrite: bool) -> dict:
-        """What an interrupted run has saved; {} for none, or for one to overwrite."""
-        if not self.parts["json"].exists() or not self.parts["npy"].exists() or not self.parts["csv"].exists():
-            return {}
-        if overwrite:
-            return {}
-        found = _read_json(self.parts["json"])
-        self._compare(found, self.parts["json"], "give the options that it began with, or --overwrite to begin anew")
-        size = self._start() + found["progress"][1] * self.dimension * self.dtype.itemsize
-        if self.parts["npy"].stat().st_size < size or self.parts["csv"].stat().st_size < found["progress"][2]:
-            raise UserError(f"{self.parts['npy']}: is shorter than it was; give --overwrite to begin anew")
-        return found
+    def _write_header(self) -> int:
+        """Write the start of the .npy file; its length does not depend on the number of rows."""
+        self._npy.seek(0)
+        shape = (self.rows, self.facts["dimension"])
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._npy, header)
+        return self._npy.tell()
 
-    def _compare(self, found: dict, file: Path, advice: str) -> None:
+    def _read_saved(self) -> dict:
+        """Read the facts of the finished or unfinished file that is there; {} if there is none."""
+        if self._paths["json"].exists():
+            return self._read_same(self._paths["json"])
+        if all(path.exists() for path in self._parts.values()):
+            return self._read_same(self._parts["json"])
+        if self._paths["npy"].exists() and not self._parts["json"].exists():
+            raise UserError(f"{self._paths['npy']}: is there, and not of embed.py; {ADVICE}")
+        return {}
+
+    def _read_same(self, path: Path) -> dict:
+        content = _read_facts(path)
         for name, value in self.facts.items():
-            if found.get(name) != value:
-                what = "the images have changed" if name in SOURCE else f"{name} was {found.get(name)} and is {value}"
-                raise UserError(f"{file}: not of this network and these images: {what}; {advice}")
-
-    def _lock(self) -> None:
-        if not lock_open_file(self._out.fileno()):
-            self._out.close()
-            raise UserError(f"{self.names['npy']}: another process is writing it; choose another --out")
-
-    def _header(self, rows: int) -> bytes:
-        """The start of the .npy file; its length is the same for every number of rows."""
-        out = io.BytesIO()
-        description = {
-            "descr": self.dtype.newbyteorder("<").str,
-            "fortran_order": False,
-            "shape": (rows, self.dimension),
-        }
-        np.lib.format.write_array_header_1_0(out, description)
-        return out.getvalue()
-
-    def _start(self) -> int:
-        return len(self._header(0))
+            if content.get(name) != value and name not in NOT_COMPARED:
+                change = f"{name} was {content.get(name)} and is {value}"
+                if name in ("source", "images"):
+                    change = "the images have changed"
+                raise UserError(f"{path}: of another network or other images: {change}; {ADVICE}")
+        return content
 
 
-def open_embeddings(file: Path) -> tuple[np.ndarray, dict]:
-    """The rows (N, D) of a file that embed.py has finished, memory-mapped, and the facts of its `FILE.json`.
+def open_embeddings(file: Path) -> tuple[np.ndarray, list[str], dict]:
+    """Open a finished file of embeddings.
 
-    Raises UserError where the file is missing, unfinished or not of embed.py.
+    Returns:
+        The rows (N, D), memory-mapped; the path of each row's image; the content of `FILE.json`.
+
+    Raises UserError if the file is missing, unfinished or not of embed.py.
     """
-    names = names_of(file)
-    if not names["json"].is_file() or not names["npy"].is_file():
-        unfinished = names["json"].with_name(names["json"].name + ".part").exists()
-        raise UserError(f"{file}: {'unfinished; run embed.py again' if unfinished else 'no such file; make it'} with "
-                        "embed.py")  # fmt: skip
-    facts = _read_json(names["json"])
+    paths = _paths_of(file)
+    if not paths["json"].exists():
+        if _part(paths["json"]).exists():
+            raise UserError(f"{file}: is unfinished; run embed.py again")
+        raise UserError(f"{paths['json']}: no such file; make it with embed.py")
+    facts = _read_facts(paths["json"])
     try:
-        rows = np.load(names["npy"], mmap_mode="r", allow_pickle=False)
+        rows = np.load(paths["npy"], mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
-        raise UserError(f"{names['npy']}: not a .npy array, or truncated; make it again with embed.py") from None
-    if rows.shape != (facts.get("rows"), facts.get("dimension")):
-        raise UserError(
-            f"{names['npy']}: {rows.shape} is not what {names['json'].name} says; make it again with embed.py"
-        )
-    return rows, facts
+        raise UserError(f"{paths['npy']}: not a .npy array, or truncated; embed again") from None
+    with open(paths["csv"], **CSV_FORMAT) as lines:
+        images = [row["path"] for row in csv.DictReader(lines)]
+    if rows.shape != (len(images), facts.get("dimension")):
+        raise UserError(f"{file}: does not match its .csv and .json; embed again")
+    return rows, images, facts
 
 
-def _csv_lines(rows: Sequence[Sequence[str]]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode("utf-8", errors="surrogateescape")
+def _paths_of(file: Path) -> dict[str, Path]:
+    return {kind: file.with_suffix(f".{kind}") for kind in ("npy", "csv", "json")}
 
 
-def _read_json(path: Path) -> dict:
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _read_facts(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not written by embed.py; give --overwrite, or another --out")
-    return content
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: was not written by embed.py; choose another name") from None

@@ -1,4 +1,4 @@
-"""The exceptions for what a user can mend, and how a script reports them."""
+"""Mistakes that the user can mend, and how a script reports them."""
 
 from __future__ import annotations
 
@@ -6,55 +6,56 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-LONGEST = 1500  # characters of an error
-REQUIRED = {"torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "tqdm", "h5py", "matplotlib", "bokeh", "jinja2"}
+LONGEST_MESSAGE = 1500  # characters
 
 
-class UserError(Exception):
-    """A mistake of the user's that a message can mend: it names the file or value and says what to do next."""
+class UserError(ValueError):
+    """A mistake in options or files: the message names what is wrong and says what to do next."""
 
-    status = 2  # of the process that ends with it
+    status = 2  # exit status of the script
 
 
 class DivergedError(UserError):
-    """Training whose numbers are no longer finite; exit status 3."""
+    """The numbers of a training are no longer finite."""
 
     status = 3
 
 
 def one_line(text: str) -> str:
-    """The text on one line: what is not printable as its escape, so that no name can steer a terminal; long ones cut.
+    """Return the text on one line: unprintable characters escaped, a long text cut in its middle.
 
-    Names in a message may come from a stranger's file.
+    File names and file contents that reach a message may come from strangers.
     """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    return f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`; a `UserError` or a fault of the file system becomes one line and exit status 2.
+    """Run the `main` of a script and exit; a user's mistake or a file error becomes one line.
 
-    Ctrl-C becomes one line and 130, another signal (`utils.stopping`) 128 + its number.
+    Exit status: 2 for a `UserError` or an OSError, 3 for a `DivergedError`, 130 for Ctrl-C, 128 +
+    number for another signal (see `utils.signals`). Everything else is a bug and ends in its
+    traceback.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end a run
-        if hasattr(stream, "reconfigure"):
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(
+            stream, "reconfigure"
+        ):  # a file name outside the terminal's encoding must not end a run
             stream.reconfigure(errors="backslashreplace")
-    status = 2
+    script = Path(sys.argv[0]).name
     try:
         sys.exit(main())
     except UserError as error:
         message, status = str(error), error.status
-    except ModuleNotFoundError as error:
-        if error.name not in REQUIRED:
-            raise
-        message = (f"the package {error.name} is missing in {sys.executable}; run .venv/bin/python after make demo, or "
-                   f"pip install -r requirements.txt")  # fmt: skip
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if error.errno is None:
             raise
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        message, status = f"{error.filename}: {error.strerror}", 2
+        if error.filename is None:
+            message = str(error)
     except KeyboardInterrupt as stop:
-        print(f"{Path(sys.argv[0]).name}: interrupted; what was finished is saved", file=sys.stderr)
-        sys.exit(getattr(stop, "status", 130))
-    print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}", file=sys.stderr)
+        message, status = "interrupted; finished work is saved", getattr(stop, "status", 130)
+    print(f"{script}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""The scores of one set of embeddings, with the protocol of the NMI beside it."""
+"""The scores of a test half: which K, whether NMI is computed, and by which protocol."""
 
 from __future__ import annotations
 
@@ -10,71 +10,80 @@ from utils import clustering, metrics
 from utils.errors import UserError
 
 RECALL_AT = (1, 2, 4, 8)
-RECALL_OF = {"sop": (1, 10, 100, 1000), "inshop": (1, 10, 20, 30, 40, 50)}  # the K that papers give for these data sets
-NMI_RESTARTS, NMI_ITERATIONS = 10, 300  # scikit-learn's defaults, which the released code used
-NMI_CLASSES = 1000  # with more of them --nmi auto of train.py leaves NMI out
-EVAL_MEMORY_MB = 512
+RECALL_AT_OF = {
+    "sop": (1, 10, 100, 1000),
+    "inshop": (1, 10, 20, 30, 40, 50),
+}  # as papers report them
+NMI_STARTS = 10  # of k-means, as the released code ran it
+NMI_ITERATIONS = 300
+MOST_NMI_CLASSES = 1000  # "auto" leaves NMI out above
 
 
-def recall_ranks(dataset: str) -> tuple[int, ...]:
-    """The K of R@K of a data set."""
-    return RECALL_OF.get(dataset, RECALL_AT)
-
-
-def why_no_nmi(wanted: str, classes: int) -> str:
-    """Why NMI is to be left out, "" if it is not; `wanted` is --nmi: on, off, or auto, which minds the time."""
-    if wanted == "auto" and classes > NMI_CLASSES:
-        return f"{classes} classes, more than {NMI_CLASSES}, take long (--nmi on)"
-    return "--nmi off" if wanted == "off" else ""
+def why_no_nmi(choice: str, n_classes: int) -> str:
+    """Say why NMI is left out, or "". choice: on, off, or auto, which leaves it out if it takes
+    long.
+    """
+    if choice == "off":
+        return "not asked for"
+    if choice == "auto" and n_classes > MOST_NMI_CLASSES:
+        return f"{n_classes} classes, more than {MOST_NMI_CLASSES}, take long"
+    return ""
 
 
 def score(
     embeddings: Tensor,
-    labels,
+    labels: np.ndarray,
+    dataset: str = "",
+    *,
+    is_query: np.ndarray | None = None,
     seed: int = 0,
     engine: str = "auto",
-    memory_mb: float = EVAL_MEMORY_MB,
-    full: bool = False,
-    *,
-    ks: tuple[int, ...] = RECALL_AT,
-    is_query: np.ndarray | None = None,
     no_nmi: str = "",
+    full: bool = False,
+    memory_mb: float = 512,
 ) -> dict:
-    """R@K and NMI, shares in [0, 1], of embeddings (N, D) with labels (N,): {"recall@1": .., "nmi": ..}.
+    """Compute R@K and NMI of embeddings (N, D) with labels (N,), as shares in [0, 1].
 
-    `full` adds "map@r", "r_precision" (`metrics.precision_at_r`) and "ami", which take longer. `ks` are the K.
-    is_query (N,) bool: these images search the others, which are the gallery, alone; None: each image searches all
-    others. The clusters of NMI and AMI are of all images. `no_nmi`: leave both out, for this reason; it is returned as
-    "nmi_left_out".
+    Args:
+        dataset: decides the K.
+        is_query: (N,) bool; these images search the rest alone. None: each image searches all
+        others.
+        seed, engine: of the k-means behind NMI, which clusters all images.
+        no_nmi: why NMI is left out; "" computes it.
+        full: also MAP@R and R-precision.
 
-    "nmi_protocol" says how the clusters were found, by which `engine` of `clustering.kmeans`: the figure depends on it.
-    memory_mb bounds what the search for neighbours takes beside the embeddings, in MiB; no score depends on it.
-    Raises UserError where there are fewer distinct embeddings than classes, as after a collapse.
+    Returns {"recall@1": .., "nmi": .., "ami": .., "nmi_protocol": how k-means was run} or, without
+    NMI, "nmi_left_out": why. Raises UserError if there is one class only, or nothing to score.
     """
-    labels = torch.as_tensor(labels)
-    classes = len(torch.unique(labels))
-    if classes < 2:
-        raise UserError("the test half holds images of one class only: any embedding would score 100")
-    searched, options = (embeddings, labels), {"memory_mb": memory_mb}
+    n_classes = len(np.unique(labels))
+    if n_classes < 2:
+        raise UserError(
+            "the test half holds images of one class only: any embedding would score 100"
+        )
+    searching = (embeddings, labels)
+    gallery = None
     if is_query is not None:
-        asks = torch.as_tensor(is_query)
-        searched = embeddings[asks], labels[asks]
-        options["gallery"] = (embeddings[~asks], labels[~asks])
+        searching = (embeddings[torch.from_numpy(is_query)], labels[is_query])
+        gallery = (embeddings[torch.from_numpy(~is_query)], labels[~is_query])
+    ks = RECALL_AT_OF.get(dataset, RECALL_AT)
+    options = {"gallery": gallery, "memory_mb": memory_mb}
     try:
-        recall = metrics.recall_at_k(*searched, ks, **options)
-        found = {f"recall@{k}": share for k, share in recall.items()}
+        recall = metrics.recall_at_k(*searching, ks, **options)
+        scores = {f"recall@{k}": share for k, share in recall.items()}
         if full:
-            found |= metrics.precision_at_r(*searched, **options)
-        return found | ({"nmi_left_out": no_nmi} if no_nmi else _cluster_scores(embeddings, labels, seed, engine, full))
+            scores |= metrics.precision_at_r(*searching, **options)
     except ValueError as error:
-        raise UserError(f"cannot score the embeddings of {len(embeddings)} images: {error}") from None
-
-
-def _cluster_scores(embeddings: Tensor, labels: Tensor, seed: int, engine: str, adjusted: bool) -> dict:
-    """NMI, if asked for AMI, and the protocol."""
-    classes = len(torch.unique(labels))
-    if engine == "auto":
-        engine = clustering.pick_engine(len(embeddings), embeddings.shape[1], classes, embeddings.device)
-    found = metrics.clustering_scores(embeddings, labels, seed, NMI_RESTARTS, NMI_ITERATIONS, engine, adjusted=adjusted)
-    protocol = f"{classes} clusters, {clustering.protocol(NMI_RESTARTS, NMI_ITERATIONS, engine)}, seed {seed}"
-    return {**found, "nmi_protocol": protocol}
+        raise UserError(
+            f"cannot score the embeddings of {len(embeddings)} images: {error}"
+        ) from None
+    if no_nmi:
+        return scores | {"nmi_left_out": no_nmi}
+    engine = clustering.pick_engine(engine)
+    scores |= metrics.clustering_scores(
+        embeddings, labels, seed, NMI_STARTS, NMI_ITERATIONS, engine
+    )
+    scores["nmi_protocol"] = (
+        f"{n_classes} clusters, {engine} k-means, best of {NMI_STARTS} k-means++ starts "
+        f"of <={NMI_ITERATIONS} iterations, seed {seed}"
+    )
+    return scores

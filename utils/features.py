@@ -12,9 +12,9 @@ from utils.distributed import ALONE, Processes
 from utils.errors import DivergedError
 
 
-def network_autocast(device: torch.device | str, precision: str) -> torch.autocast:
-    """The autocast context of `--precision`: bf16 for the network, nothing for fp32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+def network_autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a network runs: bfloat16 for "bf16", nothing for "fp32"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.inference_mode()
@@ -25,23 +25,29 @@ def extract_features(
     processes: Processes = ALONE,
     flip: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features (N, C) and embeddings (N, D) of all images, of unit length, float32 on the CPU.
+    """Compute pooled features (N, C) and embeddings (N, D), float32 on the CPU.
 
-    batches: uint8 RGB tensors (b, H, W, 3); of several processes each brings every count-th batch, beginning with
-    number `rank`, and all get all rows, bit for bit those of one. The model's training mode is restored afterwards.
-    flip: the pooled features are the average of the image's and its mirror image's (see `CBSwR.features`).
-    Raises DivergedError when a feature is not finite, as in a network whose training diverged.
+    The training mode of the model is restored afterwards.
+
+    Args:
+        batches: uint8 RGB tensors (b, H, W, 3). Of several processes each brings every count-th
+            batch, beginning with its rank; all get all rows, bit for bit those of one process.
+        flip: average the pooled features of image and mirror image.
+
+    Raises DivergedError if a feature is not finite.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    pooled, embeddings = [], []
+    pooled = []
+    embeddings = []
     try:
         for batch in batches:
             with network_autocast(device, precision):
-                parts = model.features(model.normalization(batch.to(device, non_blocking=True)), flip)
-            pooled.append(parts[0].float().cpu())
-            embeddings.append(parts[1].float().cpu())
+                inputs = model.normalization(batch.to(device, non_blocking=True))
+                batch_pooled, batch_embeddings = model.features(inputs, flip)
+            pooled.append(batch_pooled.float().cpu())
+            embeddings.append(batch_embeddings.float().cpu())
     finally:
         model.train(was_training)
     features = processes.gather_batches(pooled), processes.gather_batches(embeddings)

@@ -1,4 +1,4 @@
-"""Writing files whole: beside, flushed to the disk, renamed."""
+"""Files that are written whole: beside their place, flushed to the disk, renamed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from utils.errors import UserError
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it is flushed and renamed to `path`, else it is removed.
+    """Give a temporary path beside `path`; on success flush it and rename it to `path`, else
+    remove it.
 
-    A reader sees the old file or the new one, never half of one. Raises what the writing raises, FileNotFoundError
-    when the folder does not exist.
+    A reader sees the old file or the new one, never a part of one. Raises what the writing raises,
+    and FileNotFoundError if the folder does not exist.
     """
     path = Path(path)
     if not path.absolute().parent.is_dir():
@@ -31,10 +32,19 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
-        with suppress(OSError):  # the first fault is the one to report
+        with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def disk_faults(path: str | os.PathLike, advice: str) -> Iterator[None]:
+    """Turn an OSError in the block into a UserError that names `path` and ends in `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -44,7 +54,9 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def check_target(target: str, ending: str = "") -> None:
-    """Raise UserError unless a file can be written under the name `target`, which is to end in `ending`."""
+    """Raise UserError unless a file can be written under the name `target`, which must end in
+    `ending`.
+    """
     path = Path(os.path.realpath(target))
     if path.is_dir():
         raise UserError(f"{target}: is a folder; give the name of a file")
@@ -55,27 +67,13 @@ def check_target(target: str, ending: str = "") -> None:
     check_writable(path.parent, "choose another place for the file")
 
 
-def lock_open_file(handle: int) -> bool:
-    """Take the lock of an open file or folder until it is closed; False if another process has it.
-
-    True without a lock where the system or the file system has none.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True
-
-
 def check_writable(folder: Path, advice: str) -> None:
-    """Raise UserError, ending in `advice`, unless `folder` can be written in or can be made. Nothing is made here."""
+    """Raise UserError, ending in `advice`, unless `folder` can be written in or can be made. Makes
+    nothing.
+    """
     place = folder.absolute()
     try:
-        place.exists()  # raises for a name that is too long
+        place.exists()  # raises if the name is too long
         while not os.path.lexists(place):
             place = place.parent
     except OSError as error:
@@ -88,27 +86,29 @@ def check_writable(folder: Path, advice: str) -> None:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); {advice}") from None
 
 
-def lock_folder(folder: Path, held: str) -> int | None:
-    """Take the lock of a folder until the handle that this returns is closed; None on Windows, which opens no folders.
+def lock_file(handle: int) -> bool:
+    """Lock an open file or folder until it is closed. Returns False if another process holds the
+    lock.
 
-    Raises UserError, the folder and `held`, if another process has it.
+    Where the system or the file system has no locks, nothing is locked and the result is True.
     """
-    if os.name == "nt":
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    if not lock_open_file(handle):
-        os.close(handle)
-        raise UserError(f"{folder}: {held}")
-    return handle
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and those above it for a block; if the block fails, remove the empty ones among those made.
-
-    Raises what making a folder raises.
+    """Make `folder` and its parents for a block; if the block fails, remove the empty ones that it
+    made.
     """
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]  # the innermost first
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -120,14 +120,12 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut; nothing where the system cannot."""
-    try:
+    """Flush the entries of a folder, so that a rename survives a power cut, where the system can
+    do that.
+    """
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

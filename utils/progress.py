@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 
-from utils.process import is_first
+from tqdm import tqdm
 
 
 def progress(items: Iterable, total: float, title: str) -> Iterable:
-    """Iterate `items` under a bar of `total` steps, rounded up: on a terminal, nothing in a log; gone when done.
-
-    Of many processes the first alone has bars.
+    """Iterate `items` under a bar of `total` steps: on a terminal and in the first process only,
+    gone when done.
     """
-    from tqdm import tqdm
-
-    disable = None if is_first() else True
-    return tqdm(items, title, total=math.ceil(total), leave=False, disable=disable, dynamic_ncols=True)
+    disable = (
+        None if os.environ.get("RANK", "0") == "0" else True
+    )  # None: off where stderr is no terminal
+    return tqdm(
+        items, title, total=math.ceil(total), leave=False, disable=disable, dynamic_ncols=True
+    )

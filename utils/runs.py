@@ -1,288 +1,201 @@
-"""A run's folder: its settings, one line of metrics an epoch, its checkpoints. Every file is written whole."""
+"""The folder of a run: its options, a line of metrics an epoch, its checkpoints, its log."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
-from utils.errors import UserError
-from utils.files import lock_folder, sync_folder, written_whole
-from utils.process import is_first
+import torch
+from torch import Tensor
 
-CONFIG, METRICS, LAST, BEST = "config.json", "metrics.jsonl", "last.pth", "best.pth"
-REPORT = "report.html"  # of report.py
-EVENTS = "events.out.tfevents.*.metrics"  # for TensorBoard
+from utils.errors import DivergedError, UserError
+from utils.files import disk_faults, lock_file, sync_folder, written_whole
+from utils.torch_files import read_torch_file, write_torch_file
 
-
-def run_folder(path: Path) -> Path:
-    """The run's folder that a checkpoint's path may stand for: itself, or the one of its name without the ending."""
-    return path if path.is_dir() else path.with_suffix("")
-
-
-def recall_titles(scores: dict) -> dict[str, str]:
-    """The R@K among scores, the smallest K first: {"R@1": "recall@1", ...}."""
-    ks = sorted(int(name.removeprefix("recall@")) for name in scores if name.startswith("recall@"))
-    return {f"R@{k}": f"recall@{k}" for k in ks}
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+LAST = "last.pth"
+BEST = "best.pth"
+REPORT = "report.html"
+EVENTS = "events.out.tfevents.*"
 
 
-def nmi_remark(scores: dict) -> str:
-    """How the NMI among scores was found, or why it was left out."""
-    return f"left out: {scores['nmi_left_out']}" if "nmi_left_out" in scores else f"by {scores['nmi_protocol']}"
+@dataclass
+class State:
+    """Where a run stands, beside its weights, optimizer and random generators.
 
-
-def find_checkpoint(given: str) -> Path:
-    """The file to load: `given` itself, or of the run's folder of that name its best.pth (said on a line).
-
-    A run without labels has no best epoch: its last.pth. Raises UserError for a run without a finished epoch.
+    Attributes:
+        epoch: epochs done.
+        step: steps done in the epoch under way; 0 between epochs.
+        sums: sum of each loss over these steps.
+        logged: what the method reported at the start of that epoch.
+        seconds: spent on that epoch so far, by part.
+        rows: metrics of the epochs done.
     """
-    path = Path(given)
-    run = run_folder(path)
-    if path.is_file() or not run.is_dir():
-        return path
-    best, last = run / BEST, run / LAST
-    if best.is_file():
-        said = f"taking {best}, the epoch that was best on {_chosen_on(run)}; {LAST} is the last)"
-    elif last.is_file():
-        said = f"taking {last}, no epoch of this run was scored"
-    else:
-        raise UserError(f"{best}: no such file; {run} holds no finished epoch yet")
-    if is_first():
-        print(f"{given}: {said}")
-    return best if best.is_file() else last
 
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    logged: dict = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
 
-def _chosen_on(run: Path) -> str:
-    """What the best epoch of a run was chosen on, in words."""
-    try:
-        held_out = json.loads((run / CONFIG).read_text(encoding="utf-8")).get("val_classes")
-    except (OSError, ValueError, AttributeError):  # of another making; the released code chose on test
-        held_out = 0
-    return "held-out training classes (not on test" if held_out else "the test half (chosen on test"
+    def count_seconds(self, part: str, started: float) -> None:
+        """Add the time since `started`, of time.perf_counter, to a part of the epoch."""
+        seconds = time.perf_counter() - started
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
+    def end_step(self, losses: dict[str, Tensor], started: float) -> None:
+        """Count a step as done, with its losses."""
+        self.step += 1
+        for name, value in losses.items():
+            total = self.sums.get(name, 0.0) + value.detach().double()
+            self.sums[name] = total
+        self.count_seconds("train", started)
 
-def scalars(row: dict) -> dict[str, float]:
-    """The finite numbers of a row of metrics.jsonl by name, those of an inner object as `seconds/train`; no epoch."""
-    found = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            found |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "epoch" and isfinite(value):
-            found[name] = value
-    return found
+    def means(self) -> dict[str, float]:
+        """Return the mean of each loss over the steps of the epoch under way."""
+        return {
+            name if name == "loss" else f"{name}_loss": float(total) / self.step
+            for name, total in self.sums.items()
+        }
+
+    def end_epoch(self, row: dict) -> None:
+        """Count an epoch as done, with its metrics."""
+        self.rows.append(row)
+        self.epoch = row["epoch"]
+        self.step = 0
+        self.sums = {}
+        self.logged = {}
+        self.seconds = {}
 
 
 class RunFolder:
-    """The one place from which the files of a run are written; one process at a time holds it."""
+    """The files of a run. One process at a time holds the folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: int | None = None
 
-    def files_to_overwrite(self, overwrite: bool) -> list[Path]:
-        """The files of a run that lies here already. UserError if it has checkpoints, unless `overwrite`."""
-        held = [self.path / name for name in (LAST, BEST, METRICS, CONFIG, REPORT) if (self.path / name).exists()]
-        held += self.path.glob(EVENTS)
-        for path in held:
-            if path.is_dir():
-                raise UserError(f"{path}: is a folder, not the file of a run; choose another --model_name")
-        if {self.path / LAST, self.path / BEST} & set(held) and not overwrite:
-            raise UserError(f"{self.path}: holds a run already; continue it with --resume {self.path}, choose another "
-                            f"--model_name, or start afresh with --overwrite")  # fmt: skip
-        return held
+    def open(self, config: dict, rows: list[dict], overwrite: bool, resume: bool) -> None:
+        """Make and lock the folder, remove the files of an earlier run, write options and metrics.
 
-    def has_metrics(self) -> bool:
-        """Whether an epoch was done here once."""
-        path = self.path / METRICS
-        return path.exists() and path.stat().st_size > 0
+        Raises UserError if the folder holds a run already, unless `overwrite` or `resume`.
+        """
+        names = (LAST, BEST, METRICS, CONFIG, REPORT)
+        earlier = [self.path / name for name in names if (self.path / name).exists()]
+        is_run = any((self.path / name).exists() for name in (LAST, BEST))
+        if is_run and not (overwrite or resume):
+            raise UserError(
+                f"{self.path}: holds a run already; resume it, choose another name for the new "
+                f"one, "
+                "or overwrite it"
+            )
+        with disk_faults(self.path, "choose another place for the run"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            if not resume:
+                for path in [*earlier, *self.path.glob(EVENTS)]:
+                    path.unlink()
+            for path in self.path.glob(".*.part"):  # of a process that was killed
+                path.unlink()
+        self._write_text(CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        self._write_metrics(rows)
 
-    def lock(self) -> None:
-        """Keep other processes from the folder until `close`; UserError if one holds it."""
-        self._lock = lock_folder(self.path, "another process is training in this folder; wait for it or stop it, or "
-                                 "choose another --model_name")  # fmt: skip
+    def __enter__(self) -> RunFolder:
+        return self
 
-    def close(self) -> None:
-        """Give the folder free."""
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             os.close(self._lock)
-            self._lock = None
 
-    def begin(self, config: dict, rows: list[dict], stale: list[Path]) -> None:
-        """Make and lock the folder, remove `stale` files and what a killed process left, write settings and metrics."""
-        with self._writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        if self._lock is None:
-            self.lock()
-        with self._writing(self.path):
-            for path in [*stale, *self.path.glob(".*.part")]:
-                path.unlink(missing_ok=True)
-        with self._writing(self.path / CONFIG), written_whole(self.path / CONFIG) as path:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        self._save_metrics(rows)
+    def lock(self) -> None:
+        """Keep other processes out until `close`. Raises UserError if one holds the folder."""
+        if self._lock is not None or os.name == "nt":  # Windows opens no folders
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        if not lock_file(handle):
+            os.close(handle)
+            raise UserError(
+                f"{self.path}: another process is training in this folder; wait for it, or choose "
+                "another name for the run"
+            )
+        self._lock = handle
 
-    def save(self, content: dict, best: bool = False) -> None:
-        """Write last.pth, for the `best` epoch so far best.pth as well, then all rows of content["metrics"] anew.
+    def save(self, parts: dict[str, Any], state: State, facts: dict, best: bool) -> None:
+        """Write last.pth, for the best epoch so far best.pth too, then the metrics of all epochs.
 
-        A run that is killed in between has the checkpoint before or this one, and repeats what is missing when it is
-        resumed. Raises UserError naming the file that cannot be written; those there before are intact then.
+        A run that is killed in between resumes from the old checkpoint or from the new one.
+
+        Args:
+            parts: modules and optimizers by name.
+            facts: plain values that are kept with them.
+
+        Raises UserError, with the old files intact, if the disk is at fault.
         """
+        content = {name: part.state_dict() for name, part in parts.items()}
+        content |= facts | {"epoch": state.epoch, "state": vars(state), "rng": _random_state()}
         target = self.path / (BEST if best else LAST)
-        with self._writing(target):
-            _torch_save(target, content)
-        if best:  # after best.pth: a run killed in between makes both again
-            with self._writing(self.path / LAST):
-                _link(self.path / BEST, self.path / LAST)
-        self._save_metrics(content["metrics"])
+        with disk_faults(target, f"free space there, then resume {self.path}"):
+            write_torch_file(target, content)
+            if best:
+                _link(target, self.path / LAST)
+        self._write_metrics(state.rows)
 
-    def _save_metrics(self, rows: list[dict]) -> None:
-        """Write all rows anew, so that the file never holds a torn or a doubled line."""
-        with self._writing(self.path / METRICS), written_whole(self.path / METRICS) as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    def load(self, data: dict) -> dict:
+        """Read last.pth, {} if the run was stopped before its first checkpoint.
 
-    @contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
-        """Turn a fault of the disk into a UserError that names `path` and what to do."""
+        Raises UserError if it cannot be read, or was made of other data (their fingerprints).
+        """
+        path = self.path / LAST
+        if not path.exists():
+            if (self.path / BEST).exists():
+                raise UserError(f"{path}: no such file; copy {BEST} there to go on from it")
+            return {}
+        saved = read_torch_file(path)
+        for name, fingerprint in data.items():
+            if saved.get("data", {}).get(name) != fingerprint:
+                raise UserError(f"{path}: the {name} half is not the one that the run began with")
+        return saved
+
+    def restore(self, saved: dict, parts: dict[str, Any], device: torch.device) -> State:
+        """Put back what `load` read, and return the state. Raises UserError if it does not fit."""
+        if not saved:
+            return State()
+        path = self.path / LAST
         try:
-            yield
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); free space there or make it writable, "
-                            f"then train.py --resume {self.path}") from None  # fmt: skip
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            state = State(**saved["state"])
+            torch.set_rng_state(saved["rng"]["cpu"])
+            if "cuda" in saved["rng"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state(saved["rng"]["cuda"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{path}: does not fit the options of its run ({reason})") from None
+        state.sums = {name: total.to(device) for name, total in state.sums.items()}
+        return state
 
+    def _write_metrics(self, rows: list[dict]) -> None:
+        self._write_text(METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
-def fault_in(saved: object, images: int, args: Namespace) -> str:
-    """What keeps a training of `images` images with the options `args` from continuing from what a checkpoint holds.
-
-    "" if nothing does. The weights are not looked at.
-    """
-    if not isinstance(saved, dict):
-        return f"it holds a {type(saved).__name__}"
-    missing = {"model", "optimizer", "epoch", "rng", "metrics", "pseudo_labels"} - saved.keys()
-    if missing:
-        return f"no {', '.join(sorted(missing))} in it"
-    labels, current, data = saved["pseudo_labels"], saved.get("current"), saved.get("data")
-    if not _is_state_dict(saved["model"]):
-        return "model is no state_dict"
-    if not _is_count(saved["epoch"]):
-        return "epoch is no whole number of 0 or more"
-    if not _are_metrics(saved["metrics"]):
-        return "metrics are no rows, one an epoch"
-    if labels is not None and not _are_numbers(labels, images, args.n_cluster):
-        return f"pseudo_labels are not those of {images} training images in {args.n_cluster} clusters"
-    if data is not None and not _are_fingerprints(data):
-        return "data are no fingerprints of two halves"
-    if not _is_state_dict(saved.get("step") or {}):
-        return "step is no state_dict"
-    if current is not None and not _is_epoch(current, images, images // args.batch_size):
-        return f"current is no epoch under way of {images // args.batch_size} steps over {images} images"
-    if current is not None and labels is None and args.pseudo_labels == "kmeans":
-        return "no pseudo_labels for the epoch under way"
-    return ""
-
-
-def _is_state_dict(value: object) -> bool:
-    import torch
-
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(part, torch.Tensor) for name, part in value.items()
-    )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _are_numbers(value: object, count: int, below: int) -> bool:
-    """Whether it is a tensor (count,) int64 of numbers from 0 to `below` - 1."""
-    import torch
-
-    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    if not plain or value.dtype != torch.int64 or value.shape != (count,):
-        return False
-    return bool(((value >= 0) & (value < below)).all())
-
-
-def _are_places(value: object, images: int) -> bool:
-    """Whether it is a tensor (images,), or (images, k), int64 of places among the images."""
-    import torch
-
-    count = value.numel() if isinstance(value, torch.Tensor) and value.dim() in {1, 2} else 0
-    return count > 0 and len(value) == images and _are_numbers(value.flatten(), count, images)
-
-
-def _are_metrics(rows: object) -> bool:
-    """Whether they are rows of metrics.jsonl with what is read of them again."""
-    if not isinstance(rows, list) or not _is_json(rows):
-        return False
-    if not all(isinstance(row, dict) and _is_count(row.get("epoch")) for row in rows):
-        return False
-    clusters = (("nmi", float), ("nmi_protocol", str)), (("nmi_left_out", str),)
-    return all(
-        isinstance(row.get(half + name), kind)
-        for half in ("", "val_")
-        for row in rows
-        if f"{half}recall@1" in row
-        for name, kind in (("recall@1", float), *clusters[f"{half}nmi_left_out" in row])
-    )
-
-
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
-
-
-def _are_fingerprints(data: object) -> bool:
-    """Whether they are those of `datasets.Split.fingerprint` for both halves."""
-    if not isinstance(data, dict) or data.keys() != {"training", "validation"}:
-        return False
-    return all(
-        isinstance(half, dict)
-        and half.keys() - {"roles"} == {"images", "labels"}
-        and all(isinstance(v, str) for v in half.values())
-        for half in data.values()
-    )
-
-
-def _is_epoch(current: object, images: int, steps: int) -> bool:
-    """Whether it is what train.py saves of an epoch under way."""
-    import torch
-
-    names = {"positives", "clustering", "losses", "step", "seconds"}
-    if not isinstance(current, dict) or current.keys() != names:
-        return False
-    positives, clustering, losses, seconds = (current[n] for n in ("positives", "clustering", "losses", "seconds"))
-    if positives is not None and not _are_places(positives, images):
-        return False
-    if not isinstance(losses, torch.Tensor) or (losses.dtype, losses.shape) != (torch.float64, (4,)):
-        return False
-    if not isinstance(seconds, dict) or not all(isinstance(seconds.get(n), float) for n in ("features", "train")):
-        return False
-    logged = isinstance(clustering, dict) and _is_json(clustering)
-    return logged and _is_count(current["step"]) and current["step"] <= steps
-
-
-def _torch_save(path: Path, content: dict) -> None:
-    """torch.save, whole. Raises OSError when the disk is at fault, which torch reports as an error of its own."""
-    import torch
-
-    with written_whole(path) as beside, open(beside, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+    def _write_text(self, name: str, text: str) -> None:
+        path = self.path / name
+        with (
+            disk_faults(path, f"free space there, then resume {self.path}"),
+            written_whole(path) as beside,
+        ):
+            beside.write_text(text, encoding="utf-8")
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, atomically; a copy where the file system knows no hard links."""
+    """Make `target` the same file as `source`, or a copy where there are no hard links."""
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     beside.unlink(missing_ok=True)
     try:
@@ -293,3 +206,63 @@ def _link(source: Path, target: Path) -> None:
     else:
         os.replace(beside, target)
         sync_folder(target.parent)
+
+
+def _random_state() -> dict[str, Tensor]:
+    """Return the state of torch's generators, from which dropout draws."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def check_finite(named: dict[str, Tensor], where: str) -> None:
+    """Raise DivergedError that names the first of the tensors that is not finite."""
+    for name, value in named.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise DivergedError(f"{where}: {name} is not finite")
+
+
+def run_folder(path: Path) -> Path:
+    """Return the folder of a run that a path may stand for: itself, or without its ending."""
+    return path if path.is_dir() else path.with_suffix("")
+
+
+def find_checkpoint(path: str) -> Path:
+    """Return the checkpoint that a path stands for: a file, or of a run's folder its best.pth.
+
+    A run without scores has no best epoch: its last.pth. Raises UserError for a run without a
+    finished epoch.
+    """
+    folder = run_folder(Path(path))
+    if Path(path).is_file() or not folder.is_dir():
+        return Path(path)
+    for name in (BEST, LAST):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder / BEST}: no such file; {folder} holds no finished epoch yet")
+
+
+def recall_titles(scores: dict) -> dict[str, str]:
+    """Return the R@K among scores, the smallest K first: {"R@1": "recall@1", ...}."""
+    prefix = "recall@"
+    ks = sorted(int(name.removeprefix(prefix)) for name in scores if name.startswith(prefix))
+    return {f"R@{k}": f"{prefix}{k}" for k in ks}
+
+
+def nmi_remark(scores: dict) -> str:
+    """Say how the NMI among scores was computed, or why it was left out."""
+    if "nmi_left_out" in scores:
+        return f"left out: {scores['nmi_left_out']}"
+    return f"by {scores['nmi_protocol']}"
+
+
+def scalars(row: dict) -> dict[str, float]:
+    """Return the finite numbers of a row of metrics, those of inner objects as `seconds/train`."""
+    numbers = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
+        elif isinstance(value, int | float) and isfinite(value) and name not in {"epoch", "best"}:
+            numbers[name] = value
+    return numbers

@@ -6,69 +6,81 @@ import os
 import re
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pre_process.image_arrays import UnreadableError, open_rgb
+from datasets.images import UnreadableError, open_rgb
 
-TILE, MARGIN, CAPTION = 128, 8, 34  # pixels
+TILE = 128  # pixels, of the longer side of an image
+MARGIN = 8
+CAPTION = 34  # height of the two lines below an image
+LINE = 15  # height of a line of text
 MOST_ROWS = 100  # queries on a sheet
-PAPER, INK, FAINT, LINE = "white", "#222222", "#dddddd", "#888888"
+INK = "#222222"
+GRAY = "#dddddd"
 ROW_OF_ARRAY = re.compile(r"(.+_img\.npy)#(\d+)")
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # many alphabets
 
 
 def contact_sheet(answers: list[dict]) -> Image.Image:
-    """One row a query: its image, a line, its hits; below each its file, below hits rank and distance, too.
+    """Draw a row for each query: its image, a line, its hits with rank and distance.
 
-    answers as of search.py.
+    answers: [{"query": path, "hits": [{"rank", "distance", "path"}, ...]}, ...]
     """
-    columns = 1 + max(len(one["hits"]) for one in answers)
-    step, height = TILE + MARGIN, TILE + CAPTION + MARGIN
-    sheet = Image.new("RGB", (columns * step + 3 * MARGIN, len(answers) * height + MARGIN), PAPER)
-    draw, font = ImageDraw.Draw(sheet), caption_font()
-    for row, one in enumerate(answers):
-        top = MARGIN + row * height
-        captions = [("query", one["query"])]
-        captions += [(f"{hit['rank']}   distance {hit['distance']:.3f}", hit["path"]) for hit in one["hits"]]
-        for column, (caption, path) in enumerate(captions):
-            left = MARGIN + column * step + (MARGIN if column else 0)
-            tile = thumbnail(path)
-            sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
-            for line, text in enumerate((caption, os.path.basename(path))):
-                draw.text((left + TILE / 2, top + TILE + 2 + 15 * line), fitting(text, font), INK, font, anchor="ma")
-        draw.line((TILE + 1.5 * MARGIN, top, TILE + 1.5 * MARGIN, top + TILE), LINE, 2)
+    n_columns = 1 + max(len(answer["hits"]) for answer in answers)
+    row_height = TILE + CAPTION + MARGIN
+    size = (n_columns * (TILE + MARGIN) + 3 * MARGIN, len(answers) * row_height + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, answer in enumerate(answers):
+        top = MARGIN + row * row_height
+        draw_tile(sheet, MARGIN, top, "query", answer["query"])
+        draw.line((TILE + 1.5 * MARGIN, top, TILE + 1.5 * MARGIN, top + TILE), "#888888", 2)
+        for hit in answer["hits"]:
+            left = 2 * MARGIN + hit["rank"] * (TILE + MARGIN)
+            title = f"{hit['rank']}   distance {hit['distance']:.3f}"
+            draw_tile(sheet, left, top, title, hit["path"])
     return sheet
 
 
-def caption_font() -> ImageFont.FreeTypeFont:
-    """A font with the letters of many languages: matplotlib brings it."""
-    import matplotlib
+def draw_tile(sheet: Image.Image, left: int, top: int, title: str, path: str) -> None:
+    """Draw an image, and below it a title and the name of its file."""
+    draw = ImageDraw.Draw(sheet)
+    tile = thumbnail(path)
+    sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+    font = ImageFont.truetype(FONT, 11)
+    for line, text in enumerate((title, os.path.basename(path))):
+        place = (left + TILE / 2, top + TILE + 2 + LINE * line)
+        draw.text(place, shortened(text, font), INK, font, anchor="ma")
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)
 
-
-def fitting(caption: str, font: ImageFont.ImageFont) -> str:
-    """A caption in printable signs, its middle left out where it is wider than a tile."""
-    caption = "".join(sign if sign.isprintable() else "?" for sign in caption)
-    if font.getlength(caption) <= TILE:
-        return caption
-    kept = len(caption)
-    while font.getlength(short := f"{caption[: kept // 2]}...{caption[len(caption) - kept // 2 :]}") > TILE:
-        kept -= 1
+def shortened(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """Replace what cannot be printed, and cut the middle of a text that is wider than a tile."""
+    text = "".join(sign if sign.isprintable() else "?" for sign in text)
+    half = len(text) // 2
+    short = text
+    while font.getlength(short) > TILE:
+        short = f"{text[:half]}...{text[len(text) - half :]}"
+        half -= 1
     return short
 
 
 def thumbnail(path: str) -> Image.Image:
-    """An image file, or a row of an array (`FILE_img.npy#row`), at most TILE wide and high; grey if it is gone."""
-    in_array = ROW_OF_ARRAY.fullmatch(path)
+    """Read an image file, or a row of an array (`FILE_img.npy#row`), at most TILE wide and high.
+
+    Returns a gray tile if the image is gone.
+    """
+    array_row = ROW_OF_ARRAY.fullmatch(path)
     try:
-        if in_array:
-            array, row = in_array.groups()
-            image = Image.fromarray(np.load(array, mmap_mode="r", allow_pickle=False)[int(row)])
+        if array_row:
+            images = np.load(array_row.group(1), mmap_mode="r", allow_pickle=False)
+            image = Image.fromarray(images[int(array_row.group(2))])
         else:
             image = open_rgb(path)
     except (UnreadableError, OSError, ValueError, IndexError):
-        image = Image.new("RGB", (TILE, TILE), FAINT)
-        ImageDraw.Draw(image).text((TILE / 2, TILE / 2), "missing", INK, ImageFont.load_default(12), anchor="mm")
+        image = Image.new("RGB", (TILE, TILE), GRAY)
+        center = (TILE / 2, TILE / 2)
+        ImageDraw.Draw(image).text(center, "missing", INK, ImageFont.load_default(12), anchor="mm")
     image.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
     return image

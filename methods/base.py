@@ -1,0 +1,161 @@
+"""What every method of training has: a network, a loss of a batch, and hooks that the loop calls."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utils.clustering import kmeans
+from utils.distributed import ALONE, Processes
+from utils.features import network_autocast
+from utils.retrieval import nearest_neighbors
+
+KMEANS_ITERATIONS = 50  # of pseudo-labels, from one start: they are made anew in each epoch
+
+# () -> pooled features (N, C) and embeddings (N, D) of all training images, on the CPU
+Features = Callable[[], tuple[Tensor, Tensor]]
+
+
+class Method(nn.Module):
+    """A way to train a network, image by image number.
+
+    The loop calls `begin_epoch`, then `forward` and `end_step` for each batch. Whatever a resumed
+    run needs is a buffer, which the checkpoint keeps by name.
+
+    Attributes:
+        model: the `models.CBSwR` that is trained.
+        positives: (N,) buffer; the second view of an image is half of the time of its positive.
+            None: always of the image itself.
+        neighbors: (N, G - 1) buffer; batches consist of groups of an image and its neighbors.
+            None: batches of single images.
+        own_rate: rate of the parameters beside the network, as a multiple of the network's.
+        uses_labels: whether the method needs the real labels of the training images.
+    """
+
+    own_rate = 1.0
+    uses_labels = False
+    positives: Tensor | None
+    neighbors: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: argparse.Namespace,
+        n_images: int,
+        labels: Tensor | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Make the method.
+
+        Args:
+            options: those of `add_options`, and of train.py: seed, precision, dataset,
+                eval_memory_mb.
+            n_images: N, the number of training images.
+            labels: (N,) their real classes, numbered from 0; given if `uses_labels`.
+            processes: that share a batch.
+        """
+        super().__init__()
+        self.model = model
+        self.options = options
+        self.n_images = n_images
+        self.processes = processes
+        self.register_buffer("positives", None)
+        self.register_buffer("neighbors", None)
+
+    @staticmethod
+    def add_options(group: argparse._ArgumentGroup) -> None:
+        """Declare the options that this method alone reads."""
+
+    def begin_epoch(self, epoch: int, features: Features) -> dict:
+        """Prepare an epoch (from 1): pseudo-labels, positives, neighbors.
+
+        Returns what to log.
+        """
+        return {}
+
+    def forward(self, views: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """Compute the losses of a batch, or of this process's share of it.
+
+        Args:
+            views: (2m, 3, H, W), first views, then second views in the same order.
+            index: (m,) the numbers of the images.
+
+        Returns scalars: "loss", which is minimized, and its parts.
+        """
+        raise NotImplementedError
+
+    def end_step(self) -> None:
+        """Follow a step of the optimizer."""
+
+    def head_changed(self) -> None:
+        """Follow a change of the embedding head by something else than the optimizer."""
+
+    def neighbors_and_positives(self) -> dict[str, np.ndarray | None]:
+        """Return positives and neighbors as the batches of an epoch take them."""
+        buffers = {"positives": self.positives, "neighbors": self.neighbors}
+        return {k: None if value is None else value.cpu().numpy() for k, value in buffers.items()}
+
+    def parameter_groups(self, lr: float) -> list[dict]:
+        """Return the trained parameters: those of the network, and those beside it.
+
+        A group's rate is its `scale` times the rate of the schedule.
+        """
+        trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        network = [p for name, p in trained.items() if name.startswith("model.")]
+        beside = [p for name, p in trained.items() if not name.startswith("model.")]
+        groups = [{"params": network, "lr": lr, "scale": 1.0}]
+        if beside:
+            groups.append({"params": beside, "lr": lr * self.own_rate, "scale": self.own_rate})
+        return groups
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return next(self.model.parameters()).device
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the network runs."""
+        return network_autocast(self.device, self.options.precision)
+
+    def comparable(self, pooled: Tensor, embeddings: Tensor) -> Tensor:
+        """Return the features (N, C) of unit length by which images are compared.
+
+        They are the pooled features, or the embeddings of a head in closed form, which compare
+        better.
+        """
+        space = pooled if self.options.head_init == "random" else embeddings
+        return F.normalize(space, dim=1).to(self.device)
+
+    def mine(self, space: Tensor, count: int) -> Tensor:
+        """Find the `count` nearest neighbors of each image in features (N, C): (N, count)."""
+        memory_mb = self.options.eval_memory_mb
+        return self.processes.by_first(
+            lambda: nearest_neighbors(space, count, memory_mb=memory_mb)[1].cpu()
+        )
+
+    def cluster(self, space: Tensor, n_cluster: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Cluster features (N, C) by k-means: pseudo-labels (N,) and centroids (K, C), on the CPU.
+
+        Raises UserError for more clusters than images.
+        """
+
+        def work() -> tuple[Tensor, Tensor]:
+            seed = self.options.seed + epoch
+            labels, centroids, _ = kmeans(
+                space, n_cluster, n_init=1, max_iter=KMEANS_ITERATIONS, seed=seed
+            )
+            return labels.cpu(), centroids.cpu()
+
+        return self.processes.by_first(work)
+
+    def embed_batch(self, views: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return embeddings (2m, D) and image numbers (2m,) of the whole batch."""
+        with self.autocast():
+            pooled = self.model.pool(self.model.maps(views))
+        embeddings = self.model.embed(self.processes.gather_views(pooled))
+        return embeddings, self.processes.gather_views(index.repeat(2))

@@ -1,0 +1,114 @@
+"""Recipes, and the options that methods declare."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from methods import METHODS
+from utils.errors import UserError
+from utils.options import Parser, nearest_hint, read_json_object
+from utils.runs import CONFIG
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def add_method_options(parser: Parser, name: str) -> None:
+    """Add the options of a method; those that only other methods read are refused from now on."""
+    METHODS[name].add_options(parser.add_argument_group(f"method {name}"))
+    known = {option for action in parser._actions for option in action.option_strings}
+    for other in METHODS:
+        for option in _option_parser(other)._option_string_actions:
+            if option not in known and option not in parser.refused:
+                parser.refused[option] = (
+                    f"is not read by the method {name} of this recipe, but by {_readers(option)}"
+                )
+
+
+def methods_help() -> str:
+    """Return the options of every method, as --help shows them."""
+    return "\n".join(_option_parser(name).format_help() for name in METHODS)
+
+
+def _option_parser(name: str) -> Parser:
+    """Return a parser with the options of a method alone."""
+    parser = Parser(add_help=False, usage=argparse.SUPPRESS)
+    summary = (METHODS[name].__doc__ or "").partition("\n")[0]
+    METHODS[name].add_options(parser.add_argument_group(f"method {name}", summary))
+    return parser
+
+
+def _readers(option: str) -> str:
+    names = [name for name in METHODS if option in _option_parser(name)._option_string_actions]
+    return ", ".join(names)
+
+
+def read_layers(argv: list[str]) -> tuple[str, list[tuple[str, dict]]]:
+    """Return the method that a command line of train.py asks for, and the options below it.
+
+    Those are the options of the recipe and of a configuration file above it, or those of the run
+    to resume: pairs of a source and its options, the lowest first. Raises UserError if a source
+    cannot be read, or names no method.
+    """
+    first = Parser(add_help=False)
+    for name in ("--recipe", "--config", "--resume"):
+        first.add_argument(name)
+    sources = first.parse_known_args(argv)[0]
+    if sources.resume:
+        layers = [_read_run(Path(sources.resume))]
+    else:
+        config = read_json_object(sources.config) if sources.config else {}
+        recipe = sources.recipe or config.get("recipe", "paper")
+        layers = [(recipe, read_recipe(recipe)), (sources.config, config)]
+    methods = [options.pop("method") for _, options in layers if "method" in options]
+    if methods[-1] not in METHODS:
+        names = ", ".join(METHODS)
+        raise UserError(f"{layers[0][0]}: the method is one of {names}, not {methods[-1]!r}")
+    return methods[-1], layers
+
+
+def read_recipe(name: str) -> dict:
+    """Read the options of a recipe: a name of recipes/, or the path of a JSON file."""
+    path = RECIPES / f"{name}.json"
+    if not path.is_file() and not Path(name).is_file():
+        names = sorted(file.stem for file in RECIPES.glob("*.json"))
+        hint = nearest_hint(name, names)
+        raise UserError(f"recipe {name}: no such recipe{hint} (choose from {', '.join(names)})")
+    recipe = read_json_object(path if path.is_file() else name)
+    recipe.pop("about", None)
+    if "method" not in recipe:
+        raise UserError(f"{name}: a recipe names its method, one of {', '.join(METHODS)}")
+    return recipe
+
+
+def _read_run(run: Path) -> tuple[str, dict]:
+    path = run / CONFIG
+    if not path.is_file():
+        raise UserError(f"resume {run}: no run lies there (no {path})")
+    config = read_json_object(path)
+    if "method" not in config:
+        raise UserError(f"resume {run}: an earlier version made it; it can be tested only")
+    return str(path), config
+
+
+def fit_to_data(
+    args: argparse.Namespace, n_images: int, pooled_width: int, n_processes: int
+) -> None:
+    """Shrink numbers that nobody gave on the command line to what the training images allow.
+
+    Sets n_cluster, the size of the cluster head, for methods that do not read it. Raises UserError
+    for a given batch size that does not fit.
+    """
+    limits = {"n_cluster": n_images}
+    if args.head_init != "random":
+        limits["low_dim"] = min(n_images - 1, pooled_width)
+    group = getattr(args, "group", 1) * n_processes
+    limits["batch_size"] = max(group, n_images // group * group)
+    for name, limit in limits.items():
+        if name in args and name not in args.given and getattr(args, name) > limit:
+            setattr(args, name, limit)
+    args.n_cluster = getattr(args, "n_cluster", 32)
+    if args.batch_size > n_images:
+        raise UserError(f"batch_size {args.batch_size}: there are {n_images} training images")
+    if args.batch_size % n_processes:
+        raise UserError(f"{n_processes} processes cannot share a batch of {args.batch_size} evenly")

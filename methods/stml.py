@@ -1,0 +1,153 @@
+"""STML: self-taught metric learning (Kim et al., CVPR 2022), after its authors' published code."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from losses import contextual_similarity, relaxed_contrastive_loss, self_distillation_loss
+from methods.base import Features, Method
+from utils.errors import UserError
+from utils.options import real, whole
+
+
+class STML(Method):
+    """The relaxed contrastive loss of a student, by the contextual similarity of a teacher.
+
+    The teacher is the moving average of the student: of its weights and of its batch norm
+    statistics. With a large embedding beside the network's own (`distill_dim`), the teacher is
+    asked for the large one, both are trained, and the network's own learns from the large one.
+    """
+
+    @staticmethod
+    def add_options(group: argparse._ArgumentGroup) -> None:
+        group.add_argument(
+            "--group",
+            type=whole(1),
+            default=5,
+            metavar="G",
+            help="fill batches with images drawn at random and the G - 1 nearest neighbors of each",
+        )
+        group.add_argument(
+            "--teacher_momentum",
+            type=real(0, most=1),
+            default=0.999,
+            help="of the teacher: 0 is the student itself, 1 what it was at first",
+        )
+        group.add_argument(
+            "--distill_dim",
+            type=whole(0, 65536),
+            default=1024,
+            metavar="D",
+            help="size of the large embedding; 0: none",
+        )
+        group.add_argument(
+            "--sigma",
+            type=real(0, above=True),
+            default=1.0,
+            help="width of the pairwise similarity",
+        )
+        group.add_argument(
+            "--context", type=whole(1), default=10, help="nearest rows of a batch that are compared"
+        )
+
+    def __init__(self, model: Any, options: argparse.Namespace, n_images: int, **kwargs) -> None:
+        super().__init__(model, options, n_images, **kwargs)
+        check_groups(options.group, options.batch_size, n_images)
+        self.large = None
+        if options.distill_dim:
+            self.large = nn.Linear(model.pooled_dim, options.distill_dim)
+            nn.init.orthogonal_(self.large.weight)
+            nn.init.zeros_(self.large.bias)
+        self.teacher = copy.deepcopy(nn.ModuleDict(self._student())).requires_grad_(False)
+        if options.group > 1:
+            self.neighbors = torch.zeros(n_images, options.group - 1, dtype=torch.int64)
+
+    def _student(self) -> dict[str, nn.Module]:
+        parts = {"model": self.model}
+        if self.large is not None:
+            parts["large"] = self.large
+        return parts
+
+    def train(self, mode: bool = True) -> STML:
+        """Set the mode of the student; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def begin_epoch(self, epoch: int, features: Features) -> dict:
+        """Mine the neighbors of each image, by the student's large embedding if it has one."""
+        if self.neighbors is not None:
+            pooled, embeddings = features()
+            space = self.comparable(pooled, embeddings)
+            if self.large is not None:
+                with torch.no_grad():
+                    space = self.large(pooled.to(self.device))
+            self.neighbors.copy_(self.mine(space, self.neighbors.shape[1]))
+        return {}
+
+    def forward(self, views: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """Compute the loss of a batch, then let the teacher follow.
+
+        The teacher moves before the optimizer does, as in the authors' code.
+        """
+        with self.autocast():
+            pooled = self._pool(self.model, views)
+        images = self.processes.gather_views(index.repeat(2))
+        with torch.no_grad():
+            with self.autocast():
+                seen = self._pool(self.teacher["model"], views)
+            seen = self._embed(self.teacher, seen)
+            similarity = contextual_similarity(
+                seen, images, self.options.context, self.options.sigma
+            )
+            self._move_teacher(self.options.teacher_momentum)
+        if self.large is None:
+            return {"loss": relaxed_contrastive_loss(self.model.embed(pooled), similarity)}
+        small = self.model.feat_ext(pooled)
+        large = self.large(pooled)
+        contrastive = relaxed_contrastive_loss(small, similarity)
+        contrastive = (contrastive + relaxed_contrastive_loss(large, similarity)) / 2
+        distillation = self_distillation_loss(small, large)
+        loss = contrastive + distillation
+        return {"loss": loss, "contrastive": contrastive, "distillation": distillation}
+
+    def _pool(self, network: nn.Module, views: Tensor) -> Tensor:
+        return self.processes.gather_views(network.pool(network.maps(views)))  # (2m, C)
+
+    @staticmethod
+    def _embed(parts: nn.ModuleDict, pooled: Tensor) -> Tensor:
+        """Embed pooled features (B, C) by the large embedding, if there is one: unit length."""
+        if "large" in parts:
+            return F.normalize(parts["large"](pooled), dim=1)
+        return parts["model"].embed(pooled)
+
+    @torch.no_grad()
+    def _move_teacher(self, momentum: float) -> None:
+        """Move the teacher's weights and statistics towards the student's; copy the counters."""
+        student = nn.ModuleDict(self._student()).state_dict()
+        for name, value in self.teacher.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(student[name], 1 - momentum)
+            else:
+                value.copy_(student[name])
+
+    def head_changed(self) -> None:
+        """Take over the student as it is."""
+        self._move_teacher(momentum=0.0)
+
+
+def check_groups(group: int, batch_size: int, n_images: int) -> None:
+    """Raise UserError unless batches divide into groups, of no more images than there are."""
+    if batch_size % group:
+        fitting = batch_size // group * group or group
+        raise UserError(
+            f"batch_size {batch_size}: no multiple of the group of {group}; try {fitting}"
+        )
+    if group > n_images:
+        raise UserError(f"group {group}: there are {n_images} training images")

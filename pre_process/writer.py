@@ -1,0 +1,203 @@
+"""The two halves of a data set -> its .npy files, in constant memory, all of them or none."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from datasets.images import UnreadableError, decode_image
+from pre_process.pool import worker_pool
+from pre_process.raw_lists import Split, check_sizes
+from utils.errors import UserError
+from utils.files import check_writable, disk_faults, made_folder, written_whole
+from utils.progress import progress
+from utils.signals import StopRequest
+
+BYTES_PER_TASK = 2**20  # of pixels: small, so that memory stays small and the last worker ends soon
+ELSEWHERE = "make room there or choose another folder"
+
+MakeRow = Callable[[Any, int], np.ndarray]
+"""(source, image_size) -> uint8 (image_size, image_size, 3); a function of a module, as workers
+import it by its name."""
+
+
+class Written(NamedTuple):
+    """A half that was written."""
+
+    file: Path  # of the images
+    split: Split  # without the rows that were left out
+    unreadable: list[tuple[Any, str]]  # source and reason of each row that was left out
+    seconds: float
+
+
+def read_image(path: Path, image_size: int) -> np.ndarray:
+    """Decode an image of an archive as it is stored, see `datasets.images.decode_image`.
+
+    Raises UserError if it cannot be read whole.
+    """
+    try:
+        return decode_image(path, image_size, upright=False)
+    except UnreadableError as error:
+        raise UserError(f"{path}: {error}; unpack it again from the archive") from None
+
+
+def write_splits(
+    dataset: str,
+    splits: Sequence[Split],
+    out_dir: Path,
+    make_row: MakeRow,
+    image_size: int,
+    workers: int = 1,
+    skip_bad: bool = False,
+) -> list[Written]:
+    """Write images, labels and, if a split has them, paths and roles of all splits.
+
+    The files are `<split>_<dataset>_<size>resized_img.npy`, uint8 (N, S, S, 3), `..._label.npy` and
+    `..._role.npy`, int64 (N,), and `..._paths.csv` with path and class. They appear together when
+    all are complete; a failure or a signal leaves the older ones as they were and nothing else.
+
+    Args:
+        workers: processes that make rows; with 1 it is this one. The files do not depend on it.
+        skip_bad: leave out the rows for which `make_row` raises `UnreadableError` and list them in
+            `<dataset>_<size>resized_unreadable.csv`.
+
+    Raises:
+        UserError: `out_dir` is not writable, the disk is full, a worker died, or what `make_row`
+            raises.
+    """
+    check_writable(out_dir, ELSEWHERE)
+    with StopRequest() as stop, made_folder(out_dir), ExitStack() as files:
+        n_rows = sum(len(split.sources) for split in splits)
+        check_space(out_dir, n_rows * (image_size**2 * 3 + 8))
+        with worker_pool(workers) as map_in_order, stop.at_once():
+            written = []
+            for split in splits:
+                make = partial(make_rows, make_row, image_size, skip_bad)
+                tasks = chunks(split.sources, image_size)
+                rows = chain.from_iterable(map_in_order(make, tasks))
+                stem = out_dir / f"{split.name}_{dataset}_{image_size}resized"
+                written.append(write_split(files, stem, split, image_size, rows))
+            if skip_bad:
+                table = [row for half in written for row in half.unreadable]
+                name = out_dir / f"{dataset}_{image_size}resized_unreadable.csv"
+                write_table(files.enter_context(written_whole(name)), ("path", "reason"), table)
+        # Leaving `files` renames all of them; a signal is only noted by now.
+    return written
+
+
+def write_split(
+    files: ExitStack, stem: Path, split: Split, image_size: int, rows: Iterable[np.ndarray | str]
+) -> Written:
+    """Write the files of one split, which appear when `files` is left.
+
+    Args:
+        stem: the beginning of their paths.
+        rows: of each source its pixels, or the reason why it is unreadable.
+    """
+
+    def beside(ending: str) -> Path:
+        return files.enter_context(written_whole(Path(f"{stem}_{ending}")))
+
+    started = time.perf_counter()
+    file = Path(f"{stem}_img.npy")
+    with disk_faults(file, ELSEWHERE):
+        unreadable = write_images(beside("img.npy"), split, image_size, rows)
+        left_out = [(split.sources[row], reason) for row, reason in unreadable.items()]
+        if left_out:
+            split = split.keep([row for row in range(len(split.sources)) if row not in unreadable])
+            check_sizes([split], stem.parent)
+        write_integers(beside("label.npy"), split.labels)
+        if split.roles:
+            write_integers(beside("role.npy"), split.roles)
+        if split.paths:
+            write_table(beside("paths.csv"), ("path", "class"), path_rows(split))
+    return Written(file, split, left_out, time.perf_counter() - started)
+
+
+def write_images(
+    path: Path, split: Split, image_size: int, rows: Iterable[np.ndarray | str]
+) -> dict[int, str]:
+    """Write the readable rows into an .npy file; returns number and reason of the others."""
+    n_rows = len(split.sources)
+    unreadable = {}
+    with open(path, "wb") as out:
+        write_header(out, n_rows, image_size)
+        for number, row in enumerate(progress(rows, n_rows, split.name)):
+            if isinstance(row, str):
+                unreadable[number] = row
+            else:
+                out.write(row.data)
+        out.seek(0)
+        write_header(out, n_rows - len(unreadable), image_size)
+    return unreadable
+
+
+def write_header(out: BinaryIO, n_rows: int, image_size: int) -> None:
+    """Write the header of an .npy file of images, whose length is the same for every `n_rows`."""
+    shape = (n_rows, image_size, image_size, 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, header)
+
+
+def write_integers(path: Path, values: Sequence[int]) -> None:
+    """Write an .npy file of int64."""
+    with open(path, "wb") as out:  # np.save would add .npy to the path
+        np.save(out, np.asarray(values, np.int64))
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file; a file name that is not UTF-8 keeps its bytes."""
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows(rows)
+
+
+def path_rows(split: Split) -> Iterator[tuple[str, str]]:
+    """Give path and class name of every row; the name is empty if there are no classes."""
+    for path, label in zip(split.paths, split.labels, strict=True):
+        yield path, split.classes[label - 1] if split.classes else ""
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise UserError if the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {needed / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free; "
+            f"{ELSEWHERE}"
+        )
+
+
+def make_rows(
+    make_row: MakeRow, image_size: int, skip_bad: bool, sources: Sequence[Any]
+) -> list[np.ndarray | str]:
+    """Make the rows of some sources, in a worker; with `skip_bad` a text says why there is none."""
+    rows: list[np.ndarray | str] = []
+    for source in sources:
+        try:
+            row = make_row(source, image_size)
+        except UnreadableError as error:
+            if not skip_bad:
+                raise
+            rows.append(str(error))
+            continue
+        if row.shape != (image_size, image_size, 3) or row.dtype != np.uint8:
+            raise ValueError(f"{source!r} made a row of shape {row.shape} and type {row.dtype}")
+        rows.append(np.ascontiguousarray(row))
+    return rows
+
+
+def chunks(sources: Sequence[Any], image_size: int) -> Iterator[Sequence[Any]]:
+    """Cut `sources` into the tasks of workers."""
+    step = max(1, BYTES_PER_TASK // (image_size**2 * 3))
+    return (sources[first : first + step] for first in range(0, len(sources), step))

@@ -1,0 +1,184 @@
+"""Decoding an image, in any mode and of any damage, and finding the images of a folder."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from raw_folders import save_photo
+
+from datasets.images import UnreadableError, decode_image, find_images, open_rgb
+from utils.errors import UserError
+
+
+def random_pixels(*shape: int, high: int = 256) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, high, shape, dtype=np.uint8)
+
+
+def decoded(image: Image.Image, path: Path, **options: object) -> np.ndarray:
+    """Save an 8x8 image and decode it at size 8: its very pixels, as nothing is resized."""
+    image.save(path, **options)
+    return decode_image(path, 8)
+
+
+def reference(path: Path, size: int) -> np.ndarray:
+    """Apply the literal rule: all of the image, RGB, squashed with Lanczos."""
+    squashed = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    return np.array(squashed)
+
+
+def test_the_whole_image_is_squashed(tmp_path):
+    """The draft mode of the JPEG decoder would be faster, and other pixels."""
+    path = save_photo(tmp_path / "large.jpg", seed=0, size=(1200, 900))
+    with Image.open(path) as image:
+        image.draft("RGB", (150, 150))
+        drafted = np.array(image.resize((32, 32), Image.Resampling.LANCZOS))
+    pixels = decode_image(path, 32)
+    assert (drafted != pixels).any()  # so the next line can tell
+    np.testing.assert_array_equal(pixels, reference(path, 32))
+
+
+GRAYS = {  # how each kind of image stores 0-255
+    "8 bit": lambda values: values.astype(np.uint8),
+    "1 bit": lambda values: values > 99,
+    "16 bit": lambda values: values.astype(np.uint16) * 256 + 200,  # the high byte counts
+}
+
+
+@pytest.mark.parametrize("kind", GRAYS)
+def test_gray_becomes_three_equal_channels(tmp_path, kind):
+    values = random_pixels(8, 8)
+    pixels = decoded(Image.fromarray(GRAYS[kind](values)), tmp_path / "a.png")
+    if kind == "1 bit":
+        values = np.where(values > 99, 255, 0)
+    np.testing.assert_array_equal(pixels, np.stack([values] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("transparency", [None, 2, bytes([0, 255, 90, 0])])
+def test_a_palette_becomes_its_colors_even_where_transparent(tmp_path, transparency):
+    palette = random_pixels(4, 3)
+    entries = random_pixels(8, 8, high=4)
+    image = Image.new("P", (8, 8))
+    image.putdata(entries.reshape(-1).tolist())
+    image.putpalette(palette.reshape(-1).tolist())
+    options = {} if transparency is None else {"transparency": transparency}
+    pixels = decoded(image, tmp_path / "a.png", **options)
+    np.testing.assert_array_equal(pixels, palette[entries])
+
+
+def test_alpha_is_dropped_before_resizing(tmp_path):
+    rgba = random_pixels(20, 30, 4)
+    rgba[0, :, 3] = 0
+    Image.fromarray(rgba, "RGBA").save(tmp_path / "a.png")
+    Image.fromarray(rgba[:, :, :3].copy(), "RGB").save(tmp_path / "b.png")
+    np.testing.assert_array_equal(
+        decode_image(tmp_path / "a.png", 8), decode_image(tmp_path / "b.png", 8)
+    )
+
+
+def test_cmyk(tmp_path):
+    cmyk = random_pixels(8, 8, 4)
+    pixels = decoded(Image.fromarray(cmyk, "CMYK"), tmp_path / "a.tif")
+    ink = 1 - cmyk.astype(float) / 255
+    np.testing.assert_allclose(pixels, 255 * ink[:, :, :3] * ink[:, :, 3:], atol=1.5)
+
+
+def test_exif_turns_an_image_unless_it_is_wanted_as_stored(tmp_path):
+    photo = Image.fromarray(random_pixels(16, 24, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me by 90 degrees"
+    photo.save(tmp_path / "plain.jpg")
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    stored = decode_image(tmp_path / "turned.jpg", 16, upright=False)
+    np.testing.assert_array_equal(stored, reference(tmp_path / "plain.jpg", 16))
+    upright = open_rgb(tmp_path / "turned.jpg")
+    turned = Image.open(tmp_path / "plain.jpg").transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(np.asarray(upright), np.asarray(turned))
+
+
+def test_first_frame_of_a_moving_image(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    pixels = decoded(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (pixels == (255, 0, 0)).all()
+
+
+# ---------------------------------------------------------------------- what cannot be decoded
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """Make a small PNG that says it is of another size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+
+
+def saved(kind: str, folder: Path, mode: str = "RGB", keep: float = 1.0) -> bytes:
+    """Return the first share of the bytes of a picture of some kind."""
+    path = folder / "saved"
+    Image.effect_noise((48, 40), 90).convert(mode).save(path, format=kind)
+    content = path.read_bytes()
+    return content[: int(keep * len(content))]
+
+
+UNREADABLE = {
+    "empty": (lambda _: b"", "is not an image"),
+    "a page": (lambda _: b"<html>" * 99, "is not an image"),
+    "a huge PNG": (lambda _: png_claiming(100_000, 100_000), "exceeds"),
+    "a PNG just past the limit": (lambda _: png_claiming(10_000, 9_000), "exceeds"),
+    "fewer pixels than claimed": (lambda _: png_claiming(400, 400), "cannot be read"),
+    "a cut JPEG": (lambda f: saved("JPEG", f, keep=0.6), "truncated"),
+    "a cut PNG": (lambda f: saved("PNG", f, keep=0.5), "cannot be read"),
+    "PostScript, which is a program": (lambda f: saved("EPS", f), "is not an image"),
+    "numbers without a range": (lambda f: saved("TIFF", f, "F"), "no fixed range"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_unreadable(kind, tmp_path):
+    content, reason = UNREADABLE[kind]
+    (tmp_path / "a.jpg").write_bytes(content(tmp_path))
+    with pytest.raises(UnreadableError, match=reason):
+        decode_image(tmp_path / "a.jpg", 8)
+
+
+# ------------------------------------------------------------------------- images of a folder
+
+
+def test_which_files_are_images(tmp_path):
+    images = [tmp_path / "b.TIFF", tmp_path / "cat" / "deep" / "a.jpg", tmp_path / "link.png"]
+    save_photo(images[0], 1)
+    save_photo(images[1], 2)
+    images[2].symlink_to(images[0])
+    for name in (".hidden.png", ".cache/x.png", "notes.txt", "no_suffix"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "cat" / "loop").symlink_to(tmp_path)
+    (tmp_path / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert find_images(tmp_path) == images
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        save_photo(tmp_path / "plain.png", 5).rename(tmp_path / name)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    assert find_images(tmp_path) == [tmp_path / name]
+
+
+def test_a_folder_without_images(tmp_path):
+    with pytest.raises(UserError, match="no images in it"):
+        find_images(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        find_images(tmp_path / "nowhere")

@@ -1,0 +1,83 @@
+"""What a training prints and appends to its log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.files import disk_faults
+from utils.runs import BEST, LAST, nmi_remark, recall_titles
+
+log = logging.getLogger("train")
+
+
+class LogFile(logging.FileHandler):
+    """A log file that raises UserError if its disk is full, instead of printing a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise UserError for the error under way."""
+        raise UserError(f"{self.baseFilename}: cannot be written ({sys.exc_info()[1]})")
+
+
+def start_log(folder: Path, name: str) -> None:
+    """Print what is logged, and append it to `folder/name.log`."""
+    with disk_faults(folder, "choose another folder for the log"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = LogFile(folder / f"{name}.log", encoding="utf-8", errors="backslashreplace")
+    log.setLevel(logging.INFO)
+    log.handlers = [logging.StreamHandler(sys.stdout), file]
+    log.propagate = False
+
+
+def log_epoch(row: dict) -> None:
+    """Log one line about an epoch."""
+    parts = [f"epoch {row['epoch']:>3}"]
+    if "loss" in row:
+        names = [name for name in row if name.endswith("_loss")]
+        losses = ", ".join(f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in names)
+        parts.append(f"loss {row['loss']:.4f}" + (f" ({losses})" if losses else ""))
+    if "partitions" in row:
+        parts.append(f"partitions of {', '.join(map(str, row['partitions']))} clusters")
+    if "cluster_sizes" in row:
+        sizes = row["cluster_sizes"]
+        parts.append(f"{len(sizes)} clusters of {min(sizes)} to {max(sizes)} images")
+    if "nmi_to_previous_clusters" in row:
+        parts.append(f"NMI to the last clusters {100 * row['nmi_to_previous_clusters']:.1f}")
+    for half in ("", "val_"):
+        if f"{half}recall@1" in row:
+            parts.append(score_text(row, half))
+    if row.get("best"):
+        parts.append("*")
+    if "images_per_second" in row:
+        parts.append(f"{sum(row['seconds'].values()):.1f} s")
+        parts.append(f"{row['images_per_second']:.1f} images/s")
+    log.info("  ".join(parts))
+
+
+def score_text(row: dict, half: str) -> str:
+    """Return R@K and NMI in percent; half: "" for the test half, "val_" for held-out classes."""
+    scores = {name.removeprefix(half): value for name, value in row.items() if half in name}
+    texts = ["held-out"] if half else []
+    texts += [f"{title} {100 * scores[name]:.2f}" for title, name in recall_titles(scores).items()]
+    if "nmi" in scores:
+        texts.append(f"NMI {100 * scores['nmi']:.2f}")
+    return " ".join(texts)
+
+
+def log_summary(rows: list[dict], path: Path) -> None:
+    """Log the last epoch, and the best one with what it was chosen on."""
+    half, chosen_on = "", "CHOSEN ON TEST"
+    if any("val_recall@1" in row for row in rows):
+        half, chosen_on = "val_", "chosen on held-out training classes"
+    scored = [row for row in rows if f"{half}recall@1" in row]
+    if not scored:
+        log.info("not scored, as the data set has no labels: %s", path / LAST)
+        return
+    best = max(scored, key=lambda row: row[f"{half}recall@1"])
+    for title, row, name in (("last", scored[-1], LAST), (f"best, {chosen_on}", best, BEST)):
+        texts = [score_text(row, part) for part in ("", "val_") if f"{part}recall@1" in row]
+        log.info("%s epoch (%d): %s  %s", title, row["epoch"], "  ".join(texts), path / name)
+    if half == "":
+        log.info("NMI %s", nmi_remark(scored[-1]))

@@ -1,0 +1,300 @@
+"""Command-line options: kinds of values, a parser that reads options from JSON as well, and shared
+groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from utils.errors import UserError, one_line
+
+LARGEST_SEED = 2**32 - 1  # of numpy and scikit-learn
+LARGEST_REAL = 1e30  # far below the largest float32
+LONGEST_NAME = 200  # bytes; the name of a folder becomes a part of longer file names
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return an argparse type: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
+        return value
+
+    return parse
+
+
+def whole_list(least: int, most: int) -> Callable[[str], list[int]]:
+    """Return an argparse type: whole numbers from `least` to `most` with commas between them."""
+    parse_number = whole(least, most)
+    return lambda text: [parse_number(part) for part in text.split(",")]
+
+
+def real(
+    least: float, *, above: bool = False, most: float = LARGEST_REAL
+) -> Callable[[str], float]:
+    """Return an argparse type: a number of at least (with `above`: greater than) `least` and at
+    most `most`.
+    """
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not math.isfinite(value) or value < least or (above and value == least):
+            bound = "greater than" if above else "at least"
+            raise argparse.ArgumentTypeError(f"must be {bound} {least:g}, got {text}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:g}, got {text}")
+        return value
+
+    return parse
+
+
+def name_of(choices: Iterable[str], prefix: str | None = None) -> Callable[[str], str]:
+    """Return an argparse type: one of `choices`, or any text that begins with `prefix`."""
+    choices = tuple(choices)
+
+    def parse(text: str) -> str:
+        if text in choices or (prefix and text.startswith(prefix)):
+            return text
+        names = [*choices, f"{prefix}NAME"] if prefix else choices
+        hint = nearest_hint(text, choices)
+        raise argparse.ArgumentTypeError(
+            f"unknown name {text!r}{hint} (choose from {', '.join(names)})"
+        )
+
+    parse.choices = choices
+    return parse
+
+
+def nearest_hint(name: str, names: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the most similar of the names, or "" if none is similar."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def folder_name(text: str) -> str:
+    """Argparse type: the plain name of one folder, without separators and not hidden."""
+    if not text or text.startswith(".") or "/" in text or "\\" in text:
+        raise argparse.ArgumentTypeError(
+            f"expected a plain name without slashes or a leading dot, got {text!r}"
+        )
+    if not text.isprintable() or len(os.fsencode(text)) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(
+            f"expected a name of at most {LONGEST_NAME} printable bytes, got {text!r}"
+        )
+    return text
+
+
+def path_name(text: str) -> str:
+    """Argparse type: a path, not empty and without NUL."""
+    try:
+        usable = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
+    return text
+
+
+def read_json_object(path: str | os.PathLike) -> dict:
+    """Read a JSON object of options. Raises UserError if the file is missing or holds anything
+    else.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_object_without_doubles)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a JSON file of options") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); mend it or leave it out") from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: expected a JSON object of options such as {{"lr": 0.001}}')
+    return content
+
+
+def _object_without_doubles(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name is there twice")
+    return content
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the choices that the help text does not name, and the default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        choices = getattr(action.type, "choices", ())
+        text = action.help
+        if any(name not in text for name in choices):
+            text += f"; one of {', '.join(choices)}"
+        if action.default in (None, argparse.SUPPRESS) or action.nargs == 0:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser without abbreviations; it suggests the nearest option and reads options from
+    JSON.
+    """
+
+    def __init__(
+        self, description: str = "", refused: dict[str, str] | None = None, **kwargs
+    ) -> None:
+        """refused: options that are known but not taken, with the sentence that says why."""
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs
+        )
+        self.refused = refused or {}
+        self._source = ""  # the file whose options are being parsed
+
+    def parse(
+        self, argv: Sequence[str], layers: Sequence[tuple[str, dict]] = ()
+    ) -> argparse.Namespace:
+        """Parse `argv` above layers of JSON options (source, options), the lowest first.
+
+        Any mistake exits with status 2 and one line. The namespace's `given` is the set of the
+        options in `argv`.
+        """
+        self._check_names(argv)
+        words: list[str] = []
+        for source, options in layers:
+            layer_words = self._as_words(source, options)
+            self._source = source
+            self.parse_args(layer_words)  # so that an error names the file
+            self._source = ""
+            words += layer_words
+        args = self.parse_args([*words, *argv])
+        known = self._options()
+        names = [word.partition("=")[0] for word in argv]
+        args.given = {known[name].dest for name in names if name in known}
+        return args
+
+    def error(self, message: str) -> None:
+        """Exit with status 2 and one line; only the first process of a machine prints it."""
+        source = f"{self._source}: " if self._source else ""
+        line = f"{self.prog}: error: {one_line(source + message)} (see {self.prog} --help)\n"
+        self.exit(2, line if os.environ.get("LOCAL_RANK", "0") == "0" else None)
+
+    def _options(self) -> dict[str, argparse.Action]:
+        return {
+            name: action
+            for action in self._actions
+            for name in action.option_strings
+            if name.startswith("--")
+        }
+
+    def _check_names(self, argv: Sequence[str]) -> None:
+        known = self._options()
+        for word in argv:
+            name = word.partition("=")[0]
+            if name in self.refused:
+                self.error(f"{name}: {self.refused[name]}")
+            if name.startswith("--") and len(name) > 2 and name not in known:
+                self.error(f"unknown option {name}{nearest_hint(name, known)}")
+
+    def _as_words(self, source: str, options: dict) -> list[str]:
+        """Write JSON options as words of a command line."""
+        known = {
+            action.dest: (name, action)
+            for name, action in reversed(self._options().items())
+            if action.dest != "help"
+        }
+        words = []
+        for key, value in options.items():
+            if f"--{key}" in self.refused:
+                self.error(f"{source}: {key}: {self.refused[f'--{key}']}")
+            if key not in known:
+                self.error(f"{source}: unknown option {key!r}{nearest_hint(key, known)}")
+            name, action = known[key]
+            if value is None:
+                continue
+            if action.nargs == 0:
+                if not isinstance(value, bool):
+                    self.error(f"{source}: {key} is true or false, got {json.dumps(value)}")
+                if value:
+                    words.append(name)
+                elif isinstance(action, argparse.BooleanOptionalAction):
+                    words.append(f"--no-{key}")
+                continue
+            if isinstance(value, list):
+                value = ",".join(map(str, value))
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                self.error(f"{source}: {key} takes a number or a text, got {json.dumps(value)}")
+            words.append(f"{name}={value}")
+        return words
+
+
+def add_pooling(group: argparse._ArgumentGroup) -> None:
+    """Add --layers, --pool and --stripes, see `models.pooling.Pooling`."""
+    group.add_argument(
+        "--layers",
+        metavar="NAME[,NAME]",
+        help="stages of the backbone whose pooled features are joined, such as layer3,layer4 or last2 "
+        "(default: the last stage)",
+    )
+    group.add_argument(
+        "--pool",
+        metavar="KIND[,KIND]",
+        default="avg",
+        help="how feature maps are pooled, for all layers or for each: avg, max, or gem, the generalized mean",
+    )
+    group.add_argument(
+        "--stripes",
+        metavar="N[,N]",
+        default="1",
+        help="horizontal stripes that feature maps are pooled in, for all layers or for each",
+    )
+
+
+def add_flip_eval(group: argparse._ArgumentGroup, default: bool | None) -> None:
+    """Add --flip_eval; a default of None means: as the checkpoint was trained."""
+    group.add_argument(
+        "--flip_eval",
+        action=argparse.BooleanOptionalAction,
+        default=default,
+        help="average the features of an image and its mirror image, at twice the work"
+        + ("" if default is not None else " (default: as in training)"),
+    )
+
+
+def add_machine(parser: Parser, neighbors: bool = True) -> argparse._ArgumentGroup:
+    """Add the options about the machine that scripts share; returns their group.
+
+    neighbors: whether the script searches for neighbors by torch.
+    """
+    group = parser.add_argument_group("machine")
+    add = group.add_argument
+    add(
+        "--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: a GPU if any"
+    )
+    add("--test_batch", type=whole(1), default=100, help="images a batch where nothing is trained")
+    add("--workers", type=whole(0, 1024), default=2, help="threads that prepare batches ahead")
+    if neighbors:
+        memory = whole(1, 2**24)
+        add("--eval_memory_mb", type=memory, default=512, help="MiB for the search for neighbors")
+    return group
+
+
+def add_precision(group: argparse._ArgumentGroup) -> None:
+    """Add --precision."""
+    group.add_argument(
+        "--precision",
+        type=name_of(("fp32", "bf16")),
+        default="fp32",
+        help="bf16: the network in bfloat16; losses and distances stay in float32",
+    )

@@ -1,0 +1,63 @@
+"""Files of torch.save: read without executing anything in them, written whole."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.errors import UserError
+from utils.files import written_whole
+
+
+def _numpy_globals() -> list:
+    """Return what pickled numpy scalars and arrays consist of, under the names of numpy 1 and 2."""
+    scalar_class, _ = np.float64(0).__reduce__()[:2]
+    array_function = np.zeros(1).__reduce__()[0]
+    names = []
+    for function in (scalar_class, array_function):
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            names.append((function, f"{module}.{function.__name__}"))
+    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    return [*names, np.ndarray, np.dtype, *dtypes]
+
+
+def read_torch_file(path: str | os.PathLike) -> object:
+    """Load a file written by `torch.save` on the CPU, without executing anything in it.
+
+    Tensors, plain values, and numpy scalars and arrays are read. Raises UserError that names the
+    file if it is missing, damaged, or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {kind}; give the path of a file written by torch.save")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_globals()):
+            warnings.simplefilter("ignore")  # about the way in which it was pickled
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
+            raise UserError(
+                f"{path}: holds Python objects beyond tensors and plain values, which could run "
+                "code, or is damaged; save a plain state_dict"
+            ) from None
+        raise UserError(f"{path}: not a file written by torch.save, or damaged") from None
+    except Exception as error:  # a damaged file fails anywhere, with no common class of error
+        reason = type(error).__name__
+        raise UserError(f"{path}: not a file of torch.save, or damaged ({reason})") from None
+
+
+def write_torch_file(path: Path, content: dict) -> None:
+    """Save whole. Raises OSError for a fault of the disk, which torch hides in a RuntimeError."""
+    with written_whole(path) as beside, open(beside, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
