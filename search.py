@@ -19,7 +19,7 @@ from utils.files import check_target, write_json, written_whole
 from utils.index import KINDS, Index
 from utils.options import Parser, add_machine, name_of, path_name, whole
 from utils.progress import progress
-from utils.sheets import MOST_ROWS, contact_sheet
+from reports.sheets import MOST_ROWS, contact_sheet
 from utils.signals import StopRequest
 
 

@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,13 +25,13 @@ from models import BACKBONES, Pooling, build_model, check_crop_size, pooled_widt
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head
 from utils import options
-from utils.devices import choose_device, compute_deterministically, has_fast_bf16, memory_faults
+from utils.devices import choose_device, compute_deterministically, memory_faults
 from utils.distributed import Processes, joined
-from utils.errors import DivergedError, run_script
+from utils.errors import run_script
 from utils.evaluation import score, why_no_nmi
 from utils.events import EventFile
 from utils.features import extract_features
-from utils.logs import log, log_epoch, log_summary, start_log
+from utils.logs import log, log_epoch, log_start, log_summary, start_log
 from utils.options import Parser, folder_name, name_of, path_name, real, whole
 from utils.progress import progress
 from utils.runs import RunFolder, State, check_finite
@@ -42,6 +43,7 @@ REFUSED = {
     "--cl": "weighted a loss that the released code did not have; leave it out",
     "--batch_m": "had no effect in the released code; leave it out (--neg_m is another option)",
 }
+NAMES = {"cub200": "CUB200", "car196": "Car196"}  # of runs, as the released commands have them
 NOT_SAVED = {"given", "resume", "config", "overwrite"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ by machine
 CHANGEABLE = MACHINE | {"resume", "n_epoch", "interval", "test_batch", "lr", "device", "nmi"}
@@ -127,8 +129,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--refit_power goes with --refit_head")
     if {"whiten_power", "refit_power"} & args.given and args.head_init != "whiten":
         parser.error("--whiten_power and --refit_power go with --head_init whiten")
-    names = {"cub200": "CUB200", "car196": "Car196"}
-    args.model_name = args.model_name or f"CBSwR_{names.get(args.dataset, args.dataset)}"
+    args.model_name = args.model_name or f"CBSwR_{NAMES.get(args.dataset, args.dataset)}"
     return args
 
 
@@ -161,7 +162,8 @@ class Job:
 
         torch.manual_seed(args.seed)
         weights = "none" if args.resume else args.weights
-        model = build_model(args.backbone, args.n_cluster, args.low_dim, weights, pooling)
+        n_cluster = getattr(args, "n_cluster", 32)  # of a cluster head that the method may not use
+        model = build_model(args.backbone, n_cluster, args.low_dim, weights, pooling)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.model.base_model = share_batch_norm(self.model.base_model, processes, self.device)
         self.model.train_parts(args.train_stages, args.train_batch_norm)
@@ -173,40 +175,28 @@ class Job:
         self.step = processes.parallel(self.method, self.device)
         make = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer]
         self.optimizer = make(self.method.parameter_groups(args.lr), lr=args.lr)
+        self.parts = {"model": self.model, "method": self.method, "optimizer": self.optimizer}
         self.images = images_on(self.device, self.training.images, args.data_on)
         self.pooled: Tensor | None = None  # of the training images, by the network as it is
         self.state = State()
 
         if args.resume:
             saved = processes.by_first(lambda: run.load(self.data))
-            self.state = run.restore(saved, self.parts(), self.device)
+            self.state = run.restore(saved, self.parts, self.device)
         self.events = None
         if processes.is_first:
             run.open(self.config, self.state.rows, args.overwrite, bool(args.resume))
             start_log(Path(args.log_dir or run.path), args.model_name)
-            self.log_start()
+            halves = f"{self.training} to train on, {self.test} to test on"
+            log_start(args, self.device, halves)
             self.events = EventFile(run.path, self.state.epoch) if args.tensorboard else None
-
-    def log_start(self) -> None:
-        """Log what is trained on what, and remarks about it."""
-        args = self.args
-        log.info(f"{args.dataset}: {self.training} to train on, {self.test} to test on")
-        log.info(f"{args.recipe}: {args.backbone} on {self.device}, {args.precision}")
-        if args.precision == "bf16" and not has_fast_bf16(self.device):
-            log.info("this processor has no bfloat16 instructions: bf16 is slower than fp32 here")
-        if args.weights == "none" and not args.train_batch_norm:
-            log.info("random weights bring no statistics for batch norm: try --train_batch_norm")
-
-    def parts(self) -> dict:
-        """Return what a checkpoint keeps by name, beside the state and the random generators."""
-        return {"model": self.model, "method": self.method, "optimizer": self.optimizer}
 
     def save(self, best: bool = False) -> None:
         """Write the checkpoint, unless weights are not finite."""
         check_finite(self.model.state_dict(), f"epoch {self.state.epoch}, step {self.state.step}")
         if self.processes.is_first:
             facts = {"config": self.config, "data": self.data}
-            self.run.save(self.parts(), self.state, facts, best)
+            self.run.save(self.parts, self.state, facts, best)
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Return pooled features (N, C) and embeddings (N, D) of all training images, on the CPU.
@@ -244,23 +234,21 @@ class Job:
             if split is None or not split.labeled:
                 continue
             _, embeddings = self.extract(split, f"{prefix}features")
-            found = self.processes.by_first(lambda e=embeddings, s=split: self.score(e, s))
+            scoring = partial(
+                score,
+                embeddings.to(self.device),
+                split.labels,
+                self.args.dataset,
+                is_query=split.is_query,
+                no_nmi=why_no_nmi(self.args.nmi, len(split.classes)),
+                memory_mb=self.args.eval_memory_mb,
+            )
+            found = self.processes.by_first(scoring)
             scores |= {f"{prefix}{name}": value for name, value in found.items()}
         return scores
 
-    def score(self, embeddings: Tensor, split: Split) -> dict:
-        """Score the embeddings of a split."""
-        args = self.args
-        no_nmi = why_no_nmi(args.nmi, len(split.classes))
-        options = {"is_query": split.is_query, "no_nmi": no_nmi, "memory_mb": args.eval_memory_mb}
-        return score(embeddings.to(self.device), split.labels, args.dataset, **options)
-
     def end_epoch(self, row: dict) -> None:
         """Count an epoch as done, with these metrics: save, then print."""
-        chosen_by = "val_recall@1" if self.held_out else "recall@1"
-        if chosen_by in row:
-            before = [earlier[chosen_by] for earlier in self.state.rows if chosen_by in earlier]
-            row["best"] = row[chosen_by] > max(before, default=-1.0)
         self.state.end_epoch(row)
         self.save(row.get("best", False))
         if self.processes.is_first:
@@ -283,12 +271,12 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
 
 def train_epoch(job: Job, epoch: int) -> dict:
     """Train an epoch, or the rest of it, and return its metrics."""
-    args, method, state = job.args, job.method, job.state
-    started = time.perf_counter()
+    args = job.args
+    method = job.method
+    state = job.state
     if state.step == 0:
-        with job.stop.at_once():
+        with job.stop.at_once(), state.timed("features"):
             state.logged = method.begin_epoch(epoch, job.features)
-    state.count_seconds("features", started)
 
     neighbors = method.neighbors_and_positives()
     plan = EpochPlan(
@@ -296,8 +284,8 @@ def train_epoch(job: Job, epoch: int) -> dict:
     )
     batches = two_view_batches(job.images, plan, args.workers, state.step)
     method.train()
+    started = time.perf_counter()
     for views, index in progress(batches, len(plan) - state.step, f"epoch {epoch}"):
-        started = time.perf_counter()
         job.pooled = None
         rate = learning_rate(args, (epoch - 1) * len(plan) + state.step, len(plan))
         for group in job.optimizer.param_groups:
@@ -308,7 +296,7 @@ def train_epoch(job: Job, epoch: int) -> dict:
         losses["loss"].backward()
         job.optimizer.step()
         method.end_step()
-        state.end_step(losses, started)
+        started = state.end_step(losses, started)
         if state.step % CHECK_EVERY == 0 or state.step == len(plan):
             check_finite(state.sums, f"epoch {epoch}, step {state.step} or before")
         if args.checkpoint_every_steps and state.step % args.checkpoint_every_steps == 0:
@@ -320,7 +308,8 @@ def train_epoch(job: Job, epoch: int) -> dict:
 
 def train(job: Job) -> None:
     """Train the epochs that are left, and score them."""
-    args, state = job.args, job.state
+    args = job.args
+    state = job.state
     if args.head_init != "random" and state.epoch == state.step == 0:
         with job.stop.at_once():
             job.fit_head(args.whiten_power)
@@ -328,14 +317,12 @@ def train(job: Job) -> None:
         job.end_epoch({"epoch": 0} | job.evaluate())
     for epoch in range(state.epoch + 1, args.n_epoch + 1):
         row = train_epoch(job, epoch)
-        started = time.perf_counter()
-        with job.stop.at_once():
+        with job.stop.at_once(), state.timed("evaluate"):
             if args.refit_head:
                 power = args.whiten_power if args.refit_power is None else args.refit_power
                 job.fit_head(power, fill=True)
             if epoch % args.interval == 0 or epoch == args.n_epoch:
                 row |= job.evaluate()
-        state.count_seconds("evaluate", started)
         n_views = 2 * state.step * args.batch_size
         row |= {"seconds": state.seconds, "images_per_second": n_views / state.seconds["train"]}
         job.end_epoch(row)
@@ -359,9 +346,6 @@ def main(argv: list[str] | None = None) -> int:
             job.save()
             log.info("%s; continue with: python train.py --resume %s", stopped, run.path)
             return stopped.status
-        except DivergedError as fault:
-            advice = f"resume {run.path} with a lower rate, --lr {args.lr / 10:g}"
-            raise DivergedError(f"{fault}; {advice}") from None
     return 0
 
 

@@ -96,8 +96,7 @@ def fit_to_data(
 ) -> None:
     """Shrink numbers that nobody gave on the command line to what the training images allow.
 
-    Sets n_cluster, the size of the cluster head, for methods that do not read it. Raises UserError
-    for a given batch size that does not fit.
+    Raises UserError for a batch size that does not fit.
     """
     limits = {"n_cluster": n_images}
     if args.head_init != "random":
@@ -107,7 +106,6 @@ def fit_to_data(
     for name, limit in limits.items():
         if name in args and name not in args.given and getattr(args, name) > limit:
             setattr(args, name, limit)
-    args.n_cluster = getattr(args, "n_cluster", 32)
     if args.batch_size > n_images:
         raise UserError(f"batch_size {args.batch_size}: there are {n_images} training images")
     if args.batch_size % n_processes:

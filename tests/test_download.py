@@ -212,11 +212,9 @@ def test_too_little_space_is_seen_before_the_download(server, monkeypatch, tmp_p
 
 BAD_OPTIONS = [
     ((), "give a NAME"),
-    (("cub",), "did you mean cub200?"),
     (("cub200", "--url", "ftp://a.org/b"), "http://"),
     (("car196", "--url", "http://a.org/%2e%2e"), "plain name"),
     (("cub200", "sop", "--url", "http://a.org/b.zip"), "one NAME"),
-    (("cub200", "--timeout", "0"), "--timeout"),
     (("cub200", "--data_dir", "/dev/null/x"), "is not a folder"),
 ]
 
@@ -224,19 +222,6 @@ BAD_OPTIONS = [
 @pytest.mark.parametrize(("argv", "words"), BAD_OPTIONS)
 def test_bad_options(argv, words):
     failed(run_in_process("download.py", *argv), words, script="download.py")
-
-
-def test_the_table_of_sources():
-    for target in sources.TARGETS.values():
-        assert target.by_hand
-        for file in (file for source in target.sources for file in source):
-            assert Path(file.name).name == file.name
-            assert file.urls
-            for url in file.urls:
-                assert url.startswith(("https://", "http://ftp.cs.stanford.edu/"))
-            if file.checksum:
-                kind, digits = file.checksum.split(":")
-                assert len(digits) == {"md5": 32, "sha256": 64}[kind] and int(digits, 16)
 
 
 # ------------------------------------------------------------------------------------ archives
@@ -264,11 +249,9 @@ def zip_of(name: str, content: bytes) -> bytes:
 UNUSABLE = {
     "tar up": lambda: tar_of(("../out", tarfile.REGTYPE, "")),
     "tar link": lambda: tar_of(("l", tarfile.SYMTYPE, "/etc")),
-    "tar hard link": lambda: tar_of(("l", tarfile.LNKTYPE, "/etc/passwd")),
     "tar device": lambda: tar_of(("d", tarfile.CHRTYPE, "")),
     "tar cut": lambda: tar_of(("a", tarfile.REGTYPE, ""))[:-40],
     "zip cut": lambda: zip_of("a", NOISE)[:-100],
-    "zip damaged": lambda: zip_of("a", NOISE).replace(NOISE[5000:5010], bytes(10)),
     "a page": lambda: b"<html>" * 100,
 }
 
@@ -282,15 +265,6 @@ def test_an_unusable_archive_leaves_nothing(kind, tmp_path):
     with pytest.raises(UnusableError, match=r"a\.tgz: cannot be unpacked"):
         unpack([into / "a.tgz"], into)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_zip_lands_inside(tmp_path):
-    """Python's zipfile drops what would lead out."""
-    into = tmp_path / "into"
-    into.mkdir()
-    (into / "a.zip").write_bytes(zip_of("../../out", b"x"))
-    assert unpack([into / "a.zip"], into) == [into / "out"]
-    assert sorted(tmp_path.iterdir()) == [into]
 
 
 def test_nothing_is_overwritten(tmp_path):

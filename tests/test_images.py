@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -133,11 +132,9 @@ def saved(kind: str, folder: Path, mode: str = "RGB", keep: float = 1.0) -> byte
 UNREADABLE = {
     "empty": (lambda _: b"", "is not an image"),
     "a page": (lambda _: b"<html>" * 99, "is not an image"),
-    "a huge PNG": (lambda _: png_claiming(100_000, 100_000), "exceeds"),
-    "a PNG just past the limit": (lambda _: png_claiming(10_000, 9_000), "exceeds"),
+    "a PNG of too many pixels": (lambda _: png_claiming(10_000, 9_000), "exceeds"),
     "fewer pixels than claimed": (lambda _: png_claiming(400, 400), "cannot be read"),
     "a cut JPEG": (lambda f: saved("JPEG", f, keep=0.6), "truncated"),
-    "a cut PNG": (lambda f: saved("PNG", f, keep=0.5), "cannot be read"),
     "PostScript, which is a program": (lambda f: saved("EPS", f), "is not an image"),
     "numbers without a range": (lambda f: saved("TIFF", f, "F"), "no fixed range"),
 }
@@ -166,15 +163,6 @@ def test_which_files_are_images(tmp_path):
     (tmp_path / "cat" / "loop").symlink_to(tmp_path)
     (tmp_path / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
     assert find_images(tmp_path) == images
-
-
-def test_a_name_that_is_not_utf8(tmp_path):
-    name = os.fsdecode(b"caf\xe9.png")
-    try:
-        save_photo(tmp_path / "plain.png", 5).rename(tmp_path / name)
-    except OSError:
-        pytest.skip("the file system takes UTF-8 only")
-    assert find_images(tmp_path) == [tmp_path / name]
 
 
 def test_a_folder_without_images(tmp_path):

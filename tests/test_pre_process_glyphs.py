@@ -112,28 +112,6 @@ def test_a_seed_fixes_every_pixel_whatever_the_workers(tmp_path):
         assert (one_worker != other_seed).any(axis=(1, 2, 3)).all()
 
 
-def test_a_character_stands_out_and_stays_inside(faces_of):
-    for label in range(1, 201, 7):
-        character = glyphs.CHARACTERS[label - 1]
-        rng = np.random.default_rng([0, label, 0])
-        mask = glyphs.glyph_mask(character, faces_of[character][0], 64)
-        coverage = glyphs.jittered(mask, 64, rng)
-        assert 0.01 < coverage.mean() < 0.6, character
-        assert coverage[[0, 0, -1, -1], [0, -1, 0, -1]].max() == 0, character
-        rows, columns = np.nonzero(coverage > 0.3)
-        assert max(np.ptp(rows), np.ptp(columns)) > 64 * 0.35, character
-
-
-def test_ink_is_legible_on_every_background():
-    brightness = np.array([0.299, 0.587, 0.114])
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        background = glyphs.draw_background(32, rng)
-        assert background.shape == (32, 32, 3)
-        mean = background.mean(axis=(0, 1))
-        assert (mean - glyphs.draw_ink(rng)) @ brightness >= 80
-
-
 @pytest.mark.parametrize(("option", "value"), [("--per_class", "0"), ("--seed", "-1")])
 def test_bad_option(option, value):
     failed(run(option, value), option, value)

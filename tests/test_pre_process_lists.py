@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from raw_folders import make_cars, make_cub, make_inshop, make_sop, name_of, replace_line
 from scipy.io import savemat
 from scripts import failed, run_in_process
+from synthetic import Malicious
 
 MAKE = {"cub200": make_cub, "car196": make_cars, "sop": make_sop, "inshop": make_inshop}
 IMAGES, CLASSES = "images.txt", "image_class_labels.txt"
@@ -85,3 +87,15 @@ def test_a_list_that_will_not_do(fault, tmp_path):
     failed(done, *words, script=f"pre_process_{dataset}.py")
     assert done.out == ""
     assert not (tmp_path / "out").exists()
+
+
+PICKLED = [("cub200", IMAGES), ("cub200", f"images/{name_of(7, 150)}"), ("car196", MAT)]
+
+
+@pytest.mark.parametrize(("dataset", "name"), PICKLED)
+def test_a_pickle_in_the_place_of_a_file_does_not_run(dataset, name, tmp_path):
+    raw = MAKE[dataset](tmp_path / dataset)
+    (raw / name).write_bytes(pickle.dumps(Malicious(tmp_path / "executed")))
+    options = ("--data_dir", tmp_path, "--workers", 1)
+    failed(run_in_process(f"pre_process_{dataset}.py", *options), raw / name)
+    assert not (tmp_path / "executed").exists()

@@ -15,7 +15,7 @@ import utils.index
 from datasets.images import find_images
 from utils.errors import UserError
 from utils.index import Index
-from utils.sheets import thumbnail
+from reports.sheets import thumbnail
 
 
 @pytest.fixture(scope="module")

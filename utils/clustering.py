@@ -78,11 +78,17 @@ def _by_faiss(rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int) -
         early_stop_threshold=EARLY_STOP,
         min_points_per_centroid=1,
         max_points_per_centroid=len(rows),
-        gpu=faiss.get_num_gpus() > 0 and torch.cuda.is_available(),
+        gpu=_uses_gpu(),
     )
     clustering.train(rows)
     distances, assignments = clustering.index.search(rows, 1)
     return assignments[:, 0], clustering.centroids, float(distances.sum(dtype=np.float64))
+
+
+def _uses_gpu() -> bool:
+    """Whether faiss and torch both have a GPU, and its rounding errors may differ between runs."""
+    has_gpu = faiss.get_num_gpus() > 0 and torch.cuda.is_available()
+    return has_gpu and not torch.are_deterministic_algorithms_enabled()
 
 
 def _by_sklearn(rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int) -> tuple:

@@ -56,6 +56,6 @@ def run_script(main: Callable[[], int | None]) -> None:
         if error.filename is None:
             message = str(error)
     except KeyboardInterrupt as stop:
-        message, status = "interrupted; finished work is saved", getattr(stop, "status", 130)
+        message, status = "interrupted", getattr(stop, "status", 130)
     print(f"{script}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(status)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from pathlib import Path
 
+import torch
+
+from utils.devices import has_fast_bf16
 from utils.errors import UserError
 from utils.files import disk_faults
 from utils.runs import BEST, LAST, nmi_remark, recall_titles
@@ -29,6 +33,16 @@ def start_log(folder: Path, name: str) -> None:
     log.setLevel(logging.INFO)
     log.handlers = [logging.StreamHandler(sys.stdout), file]
     log.propagate = False
+
+
+def log_start(args: argparse.Namespace, device: torch.device, halves: str) -> None:
+    """Log what is trained on what, and remarks about it."""
+    log.info(f"{args.dataset}: {halves}")
+    log.info(f"recipe {args.recipe}: {args.backbone} on {device} in {args.precision}")
+    if args.precision == "bf16" and not has_fast_bf16(device):
+        log.info("this processor has no bfloat16 instructions: bf16 is slower than fp32 here")
+    if args.weights == "none" and not args.train_batch_norm:
+        log.info("random weights bring no statistics for batch norm: try --train_batch_norm")
 
 
 def log_epoch(row: dict) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -46,18 +48,24 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
 
-    def count_seconds(self, part: str, started: float) -> None:
-        """Add the time since `started`, of time.perf_counter, to a part of the epoch."""
-        seconds = time.perf_counter() - started
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the time of a block for a part of the epoch under way."""
+        started = time.perf_counter()
+        yield
+        self._count(part, started)
 
-    def end_step(self, losses: dict[str, Tensor], started: float) -> None:
-        """Count a step as done, with its losses."""
+    def end_step(self, losses: dict[str, Tensor], started: float) -> float:
+        """Count a step as done, with its losses and its time; returns the time now."""
         self.step += 1
         for name, value in losses.items():
-            total = self.sums.get(name, 0.0) + value.detach().double()
-            self.sums[name] = total
-        self.count_seconds("train", started)
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+        return self._count("train", started)
+
+    def _count(self, part: str, started: float) -> float:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - started
+        return now
 
     def means(self) -> dict[str, float]:
         """Return the mean of each loss over the steps of the epoch under way."""
@@ -67,7 +75,16 @@ class State:
         }
 
     def end_epoch(self, row: dict) -> None:
-        """Count an epoch as done, with its metrics."""
+        """Count an epoch as done, with its metrics.
+
+        It is marked as best if no earlier epoch has a higher R@1: that of the held-out classes, or
+        without any that of the test half.
+        """
+        score = "val_recall@1" if "val_recall@1" in row else "recall@1"
+        if score in row:
+            row["best"] = row[score] > max(
+                (r[score] for r in self.rows if score in r), default=-1.0
+            )
         self.rows.append(row)
         self.epoch = row["epoch"]
         self.step = 0
@@ -220,7 +237,7 @@ def check_finite(named: dict[str, Tensor], where: str) -> None:
     """Raise DivergedError that names the first of the tensors that is not finite."""
     for name, value in named.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise DivergedError(f"{where}: {name} is not finite")
+            raise DivergedError(f"{where}: {name} is not finite; resume the run with a lower rate")
 
 
 def run_folder(path: Path) -> Path:

@@ -70,7 +70,7 @@ class StopRequest:
 
     def _note(self, number: int, _frame: object) -> None:
         if self._number:
-            _tell("stopped at once by a second signal; the last checkpoint is whole")
+            _tell("stopped at once by a second signal")
             os._exit(128 + number)
         self._number = number
         if self._raises:
