@@ -1,10 +1,10 @@
-# make demo: install into .venv, make the embedded data set, train, test, make a report. make test: run the tests.
+# make demo: install into .venv, make the embedded data set, train, test, make a report. make test: run the fast tests; make test-all: all of them.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-DEMO := --dataset glyphs --backbone resnet_small --weights none --positives nn --lr 0.02 --overwrite
+DEMO := --dataset glyphs --backbone resnet_small --weights none --train_batch_norm --positives nn --lr 0.02 --overwrite
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.installed
 	$(RUN) pre_process/pre_process_glyphs.py
@@ -16,6 +16,9 @@ demo: $(VENV)/.installed
 	$(RUN) report.py new_checkpoint/demo
 
 test: $(VENV)/.installed-dev
+	$(RUN) -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev
 	$(RUN) -m pytest
 
 lint: $(VENV)/.installed-dev

@@ -12,6 +12,7 @@ import numpy as np
 from datasets.folder import FileSource, batches_of
 from datasets.images import find_images
 from models.embedder import Embedder
+from reports.sheets import MOST_ROWS, contact_sheet
 from utils.devices import choose_device
 from utils.embeddings import open_embeddings
 from utils.errors import UserError, run_script
@@ -19,7 +20,6 @@ from utils.files import check_target, write_json, written_whole
 from utils.index import KINDS, Index
 from utils.options import Parser, add_machine, name_of, path_name, whole
 from utils.progress import progress
-from reports.sheets import MOST_ROWS, contact_sheet
 from utils.signals import StopRequest
 
 

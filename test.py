@@ -77,8 +77,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name in {"weights", "layers", "pool", "stripes"} & args.given:
         if args.checkpoint_path:
             parser.error(f"--{name} goes with a frozen backbone; a checkpoint brings its own")
-    if args.dim and not args.checkpoint_path:
-        parser.error("--dim goes with --checkpoint_path")
+    for name in {"n_cluster", "low_dim", "dim"} & args.given:
+        if not args.checkpoint_path:
+            parser.error(f"--{name} goes with --checkpoint_path")
     checkpoint = Path(args.checkpoint_path or args.weights)
     read = [os.path.realpath(path) for path in (checkpoint, run_folder(checkpoint) / BEST)]
     for target, ending in ((args.json, ""), (args.save_embeddings, ".npy")):

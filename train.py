@@ -20,7 +20,7 @@ from torch import Tensor
 from datasets.arrays import Split, load_split
 from datasets.views import EpochPlan, center_crops, crop_size, images_on, two_view_batches
 from methods import METHODS
-from methods.options import add_method_options, fit_to_data, methods_help, read_layers
+from methods.options import add_method_options, fit_to_data, others_help, read_layers
 from models import BACKBONES, Pooling, build_model, check_crop_size, pooled_width
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head
@@ -37,6 +37,10 @@ from utils.progress import progress
 from utils.runs import RunFolder, State, check_finite
 from utils.signals import Stopped, StopRequest
 
+SCHEDULES = {  # share of the training that is done -> share of the rate
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
 CHECK_EVERY = 20  # steps between looks at the loss, for which a GPU has to wait
 REFUSED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -56,10 +60,10 @@ CHANGEABLE |= {"checkpoint_every_steps", "deterministic", "eval_memory_mb", "ten
 def make_parser(method: str) -> Parser:
     """Make the parser of the options that all methods read, and of those of one method."""
     parser = Parser("Train an embedding of images, without labels.", REFUSED.copy())
-    parser.format_help = lambda: argparse.ArgumentParser.format_help(parser) + methods_help()
+    parser.format_help = lambda: argparse.ArgumentParser.format_help(parser) + others_help(method)
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("recipe").add_argument
-    add("--recipe", metavar="NAME|FILE", default="paper", help="a file of recipes/, or a path")
+    add("--recipe", type=path_name, metavar="NAME|FILE", default="paper", help="or its path")
     add("--config", type=path_name, metavar="FILE", help="JSON options that stand above the recipe")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", type=folder_name, default="cub200", help="cub200, car196, or another name")
@@ -80,7 +84,7 @@ def make_parser(method: str) -> Parser:
     add("--batch_size", type=whole(1), default=64, help="m, images a batch, of all processes")
     add("--optimizer", type=name_of(("sgd", "adamw")), default="sgd", help="plain SGD, or AdamW")
     add("--lr", type=real(0, above=True), default=0.001, help="learning rate")
-    add("--schedule", type=name_of(("constant", "cosine")), default="constant", help="of the rate")
+    add("--schedule", type=name_of(SCHEDULES), default="constant", help="of the rate")
     add("--warmup_epochs", type=real(0), default=0.0, help="in which the rate rises from 0")
     add("--train_stages", type=whole(0), default=0, help="last stages that are trained; 0: all")
     add("--train_batch_norm", action=flag, default=False, help="batch statistics in the backbone")
@@ -105,7 +109,7 @@ def make_parser(method: str) -> Parser:
     options.add_precision(group)
     add = group.add_argument
     add("--deterministic", action="store_true", help="the same bits each time on a GPU, slower")
-    add("--data_on", type=name_of(("auto", "device", "host")), default="auto", help="the images")
+    add("--data_on", type=name_of(("auto", "device", "host")), default="auto", help="of images")
     add_method_options(parser, method)
     return parser
 
@@ -172,7 +176,7 @@ class Job:
         if make_method.uses_labels:
             facts["labels"] = torch.from_numpy(self.training.class_numbers())
         self.method = make_method(self.model, args, **facts).to(self.device)
-        self.step = processes.parallel(self.method, self.device)
+        self.step = processes.parallel(self.method, self.device, self.method.uses_all)
         make = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer]
         self.optimizer = make(self.method.parameter_groups(args.lr), lr=args.lr)
         self.parts = {"model": self.model, "method": self.method, "optimizer": self.optimizer}
@@ -262,11 +266,9 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
     n_warmup = round(args.warmup_epochs * steps_per_epoch)
     if step < n_warmup:
         return args.lr * (step + 1) / n_warmup
-    if args.schedule == "constant":
-        return args.lr
     n_steps = args.n_epoch * steps_per_epoch
     share_done = (step - n_warmup) / max(1, n_steps - n_warmup)
-    return args.lr * (1 + math.cos(math.pi * share_done)) / 2
+    return args.lr * SCHEDULES[args.schedule](share_done)
 
 
 def train_epoch(job: Job, epoch: int) -> dict:

@@ -1,4 +1,6 @@
-"""What is fast and by how much: each script runs this project beside what a user would pick instead, in one run.
+"""Timings alone: each script runs this project beside what a user would pick instead, in turn.
 
-`python benchmarks/recall.py` (or kmeans.py, growth.py) from the repository's root; --tiny takes seconds.
+`python benchmarks/recall.py` (or kmeans, train_step, growth) writes
+misc/benchmarks/recall.json; `--tiny` takes seconds. `python benchmarks/tables.py` then writes the
+tables of docs/scaling.md anew.
 """

@@ -1,4 +1,4 @@
-"""Timing two or more ways side by side: in turn, medians, with the facts of the machine, written as JSON."""
+"""Two or more ways timed in turn, with the facts of the machine, written as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,30 +16,30 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that `python benchmarks/NAME.py` finds the rooms
+from utils.files import write_json
+from utils.options import Parser, path_name, whole
 
-from utils.files import written_whole  # noqa: E402
+RESULTS = Path(__file__).resolve().parents[1] / "misc" / "benchmarks"
+POLL_SECONDS = 0.002  # between looks at the memory
 
 
-def arguments(name: str, description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description)
-    default = ROOT / "misc" / "benchmarks" / f"{name}.json"
-    parser.add_argument("--out", type=Path, help=f"JSON file to write (default {default.relative_to(ROOT)})")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, seconds in all; written to --out only")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of every way; medians are reported (default 5)")
-    parser.set_defaults(default_out=default)
+def make_parser(name: str, description: str) -> Parser:
+    """Make a parser with the options of all benchmarks; `name` is that of the result."""
+    parser = Parser(description)
+    add = parser.add_argument
+    add("--out", type=path_name, help=f"JSON file to write (default: misc/benchmarks/{name}.json)")
+    add("--tiny", action="store_true", help="small sizes, in seconds; written to --out only")
+    add("--repeats", type=whole(1), default=5, help="turns of each way")
+    parser.set_defaults(default_out=RESULTS / f"{name}.json")
     return parser
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the facts of the machine on which something is measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": _cpu_name(),
-        "cores": cores,
+        "cpu": processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
@@ -48,66 +47,52 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def processor_name() -> str:
+    """Return the name that the system gives its processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
 
 
-def seconds(run: Callable[[], Any], device: torch.device | str = "cpu") -> float:
-    """Seconds of one call: device events on a GPU, the wall clock elsewhere."""
-    if torch.device(device).type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    begin = time.perf_counter()
+def seconds(run: Callable[[], Any]) -> float:
+    """Measure one call, until all work that it gave a GPU is done."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
+    wait()
+    started = time.perf_counter()
     run()
-    return time.perf_counter() - begin
+    wait()
+    return time.perf_counter() - started
 
 
-def in_turn(
-    ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device | str = "cpu", warm_up: bool = True
-) -> dict[str, dict[str, Any]]:
-    """Time every way in turn (A, B, A, B, ...), so that what else the machine does hits all of them.
+def in_turn(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
+    """Time each way in turn (A, B, A, B ...), so that other work of the machine hits all of them.
 
-    Returns per way the median, all seconds, and `times_ours`: its median over the first way's.
+    The first turn warms up and does not count. Returns median and all seconds of each way.
     """
-    if warm_up:
-        for run in ways.values():
-            run()
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         for name, run in ways.items():
-            taken[name].append(seconds(run, device))
-    ours = statistics.median(next(iter(taken.values())))
-    return {
-        name: {
-            "median_s": statistics.median(all_s),
-            "times_ours": statistics.median(all_s) / ours,
-            "all_s": [round(value, 5) for value in all_s],
-        }
-        for name, all_s in taken.items()
-    }
+            taken[name].append(seconds(run))
+    return {name: summary(times[1:]) for name, times in taken.items()}
+
+
+def summary(times: list[float]) -> dict[str, Any]:
+    """Return the median of seconds, and all of them."""
+    return {"median_s": statistics.median(times), "all_s": [round(time, 5) for time in times]}
 
 
 def peak_extra_mb(run: Callable[[], Any]) -> float:
-    """MiB that a call adds to the resident memory at its highest, polled every 2 ms; call it in a fresh process."""
-    page = os.sysconf("SC_PAGE_SIZE")
+    """Return the MiB that a call adds to the resident memory at its highest.
 
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
-
-    highest, before, done = [0], resident(), threading.Event()
+    Memory that the process freed before would hide them: call it in a fresh process.
+    """
+    done = threading.Event()
+    seen = [resident_mb()]
 
     def poll() -> None:
-        while not done.wait(0.002):
-            highest[0] = max(highest[0], resident())
+        while not done.wait(POLL_SECONDS):
+            seen.append(resident_mb())
 
     thread = threading.Thread(target=poll)
     thread.start()
@@ -116,33 +101,29 @@ def peak_extra_mb(run: Callable[[], Any]) -> float:
     finally:
         done.set()
         thread.join()
-    return (max(highest[0], resident()) - before) / 2**20
+    return max(seen) - seen[0]
 
 
-def clustered_unit_vectors(count: int, columns: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Synthetic embeddings (count, columns) float32 of length 1 around random class centres, and labels (count,)."""
-    rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((classes, columns), dtype=np.float32)
-    labels = rng.integers(0, classes, count)
-    embeddings = centres[labels] + 1.5 * rng.standard_normal((count, columns), dtype=np.float32)
-    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), labels
+def resident_mb() -> float:
+    """Return the resident memory of this process in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def clustered_vectors(n_rows: int, n_columns: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw unit vectors (N, D) float32 around random class centers, and their labels (N,)."""
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((n_classes, n_columns), dtype=np.float32)
+    labels = rng.integers(0, n_classes, n_rows)
+    vectors = centers[labels] + 1.5 * rng.standard_normal((n_rows, n_columns), dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True), labels
 
 
 def write(result: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print the result and write it, with the machine's facts, to --out or (not --tiny) to its usual place."""
-    text = json.dumps({"machine": machine(), "repeats": options.repeats, **result}, indent=1)
-    print(text)
-    target = options.out or (None if options.tiny else options.default_out)
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(target) as file:
-            file.write_text(text + "\n")
-
-
-def installed(module: str) -> bool:
-    """Whether a package that is only compared with is here."""
-    try:
-        __import__(module)
-    except ImportError:
-        return False
-    return True
+    """Print a result with the machine's facts, and write it to --out or to its usual place."""
+    result = {"machine": machine(), "repeats": options.repeats, **result}
+    print(json.dumps(result, indent=1))
+    if options.out or not options.tiny:
+        path = Path(options.out or options.default_out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)

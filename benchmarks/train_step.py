@@ -1,47 +1,51 @@
-"""A training step (2m rows, input included) beside a literal one: PIL transforms in 4 loader workers, float32,
-contiguous, CrossMapLRN2d, a Python loop over clusters, every row decoded.
+"""A training step, its input included, beside a literal one.
+
+The literal step is what the formulas of the paper say at first reading: views by torchvision in 4
+workers, float32, contiguous, torch's own layers, a loop over clusters, each row decoded.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paired
 import torch
 from torch import Tensor, nn
+from torchvision import transforms
 
-from datasets import EpochPlan, ResidentLoader, TwoViewLoader, crop_size
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
+
+from benchmarks import paired
+from datasets.arrays import Split
+from datasets.views import EpochPlan, crop_size, images_on, two_view_batches
 from losses import cbswr_losses, rim_loss, total_loss
 from models import build_model
 from models.lrn import LocalResponseNorm
+from utils.errors import run_script
 from utils.features import network_autocast
-from utils.process import keep_freed_memory
+from utils.options import whole
 
-Step = Callable[[], dict[str, Tensor]]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class LiteralViews(torch.utils.data.Dataset):
-    """Two views of each image through PIL and torchvision, as the released code makes them."""
+    """Two views of each image by PIL and torchvision, as the released code makes them."""
 
-    def __init__(self, images: np.ndarray, order: str, mean: tuple, std: tuple) -> None:
-        from torchvision import transforms
-
+    def __init__(self, images: np.ndarray, spec: Any) -> None:
+        order = [2, 1, 0] if spec.order == "BGR" else [0, 1, 2]
         self.images = images
-        self.order = [2, 1, 0] if order == "BGR" else [0, 1, 2]
         self.transform = transforms.Compose(
             [
                 transforms.ToPILImage(),
                 transforms.RandomCrop(crop_size(images.shape[1])),
                 transforms.RandomHorizontalFlip(0.75),
                 transforms.ToTensor(),
-                transforms.Lambda(lambda x: (x * 255)[self.order]),
-                transforms.Normalize(mean, std),
+                transforms.Lambda(lambda x: (x * 255)[order]),
+                transforms.Normalize(spec.mean, spec.std),
             ]
         )
 
@@ -49,152 +53,112 @@ class LiteralViews(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = np.asarray(self.images[index])
-        return self.transform(image), self.transform(image)
+        return self.transform(self.images[index]), self.transform(self.images[index])
 
 
 def literal_losses(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """The losses as the paper writes them: a loop over clusters, plain exp and log, each row decoded."""
-    rows = len(inputs)
+    """Compute the losses as the paper writes them."""
+    m = len(inputs) // 2
     embedding, logits, maps = model(inputs)
-    labels = logits[: rows // 2].argmax(1).repeat(2)
+    labels = logits[:m].argmax(1).repeat(2)
     present = torch.unique(labels)
     centroids = torch.stack([maps[labels == label].mean(0) for label in present])
-    centers = model.embed(model.pool(centroids.detach())).detach()
-    other = labels[:, None] != present[None, :]
+    centers = model.embed(model.pool([centroids.detach()])).detach()
+    is_other = labels[:, None] != present
     exps = (embedding @ centers.t() / 0.1).exp()
-    swapped = torch.cat([embedding[rows // 2 :], embedding[: rows // 2]]).detach()
-    pos = ((embedding * swapped).sum(1) / 0.1).exp() / (exps * other).sum(1)
-    neg = torch.log(1 - exps / exps.sum(1, keepdim=True)) * other
-    own = torch.stack([(present == label).nonzero()[0, 0] for label in labels])
-    decoded = model.decoder(centroids[own], size=inputs.shape[-2:])
+    swapped = embedding.roll(m, 0).detach()
+    positive = ((embedding * swapped).sum(1) / 0.1).exp() / (exps * is_other).sum(1)
+    negative = torch.log(1 - exps / exps.sum(1, keepdim=True)) * is_other
+    decoded = model.decoder(centroids[torch.searchsorted(present, labels)], size=inputs.shape[-2:])
     target = model.reconstruction_target(inputs)
     return {
-        "metric": -(pos.log() + neg.sum(1)).mean(),
+        "metric": -(positive.log() + negative.sum(1)).mean(),
         "rim": rim_loss(logits),
-        "reconstruction": torch.nn.functional.mse_loss(decoded, target),
+        "reconstruction": nn.functional.mse_loss(decoded, target),
     }
 
 
 def literal_model(model: nn.Module) -> nn.Module:
-    """A contiguous copy with torch's CrossMapLRN2d in place of the project's normalisation."""
+    """Return a contiguous copy with torch's local response norm."""
     literal = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for parent in literal.modules():
         for name, child in parent.named_children():
             if isinstance(child, LocalResponseNorm):
-                setattr(parent, name, nn.CrossMapLRN2d(5, 1e-4, 0.75, 1))
+                norm = nn.LocalResponseNorm(child.size, child.alpha, child.beta, child.k)
+                setattr(parent, name, norm)
     return literal
 
 
-def optimise(model: nn.Module, losses: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Backward and a step of SGD."""
-    optimizer.zero_grad(set_to_none=True)
-    total_loss(losses).backward()
-    optimizer.step()
-    return {name: value.detach() for name, value in losses.items()}
-
-
-def forever(make: Callable[[int], Any]) -> Iterator:
-    """Epoch after epoch of the loader make(epoch)."""
-    epoch = 0
-    while True:
-        epoch += 1
-        yield from make(epoch)
-
-
-def ours(model: nn.Module, images: np.ndarray, m: int, precision: str, device: torch.device, feed: str) -> Step:
-    """A step of the project; feed: host (crops cut ahead and copied), device (resident images), tensor (no input)."""
-    model = copy.deepcopy(model).to(device, memory_format=torch.channels_last).train()
+def stepper(
+    model: nn.Module,
+    make_losses: Callable[[nn.Module, Tensor], dict],
+    make_batches: Callable[[int], Iterator[Tensor]],
+) -> Callable[[], None]:
+    """Return a function that takes a step of SGD on the next batch, epoch after epoch."""
+    model = model.to(DEVICE).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    resident = torch.from_numpy(np.array(images)).to(device) if feed == "device" else None
 
-    def loader(epoch: int) -> TwoViewLoader | ResidentLoader:
-        plan = EpochPlan(len(images), m, images.shape[1], 0, epoch)
-        return TwoViewLoader(images, plan, 2) if resident is None else ResidentLoader(resident, plan)
+    def all_batches() -> Iterator[Tensor]:
+        epoch = 0
+        while True:
+            epoch += 1
+            yield from make_batches(epoch)
 
-    batches = forever(loader)
-    fixed = model.normalization(next(batches)[0].to(device)) if feed == "tensor" else None
+    batches = all_batches()
 
-    def step() -> dict[str, Tensor]:
-        inputs = fixed if fixed is not None else model.normalization(next(batches)[0].to(device, non_blocking=True))
-        with network_autocast(device, precision):
-            losses = cbswr_losses(model, inputs)
-        return optimise(model, losses, optimizer)
-
-    return step
-
-
-def reference(model: nn.Module, images: np.ndarray, m: int, device: torch.device) -> Step:
-    """A literal step with 4 loader workers."""
-    literal = literal_model(model).to(device).train()
-    optimizer = torch.optim.SGD(literal.parameters(), lr=1e-3)
-    spec = model.normalization
-    loader = torch.utils.data.DataLoader(
-        LiteralViews(images, spec.order, spec.mean, spec.std),
-        m,
-        shuffle=True,
-        num_workers=4,
-        prefetch_factor=1,
-        drop_last=True,
-    )
-    batches = forever(lambda _: loader)
-
-    def step() -> dict[str, Tensor]:
-        inputs = torch.cat(next(batches)).to(device)
-        return optimise(literal, literal_losses(literal, inputs), optimizer)
+    def step() -> None:
+        losses = make_losses(model, next(batches).to(DEVICE, non_blocking=True))
+        optimizer.zero_grad()
+        total_loss(losses).backward()
+        optimizer.step()
 
     return step
 
 
-def largest_difference(model: nn.Module, images: np.ndarray, m: int, device: torch.device) -> float:
-    """Largest relative difference of a loss between the two on one batch, in float32, dropout off."""
-    views, _ = next(iter(TwoViewLoader(images, EpochPlan(len(images), m, images.shape[1], 0, 1), 0)))
-    here = model.to(device)
-    inputs = here.normalization(views.to(device))
-    mine, literal = copy.deepcopy(here).train(), literal_model(here).to(device).train()
-    for network in (mine, literal):
-        network.clustering[1].eval()
-    with torch.no_grad():
-        a, b = cbswr_losses(mine, inputs), literal_losses(literal, inputs)
-    return max(abs(float(a[name]) / float(b[name]) - 1) for name in b)
+def our_step(model: nn.Module, images: np.ndarray, m: int, precision: str) -> Callable[[], None]:
+    """Return a step as train.py takes it, m images in two views."""
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    labels = np.zeros(len(images), np.int64)
+    split = Split(images, labels, Path(), np.arange(len(images)))
+    source = images_on(DEVICE, images, "auto")
+
+    def make_batches(epoch: int) -> Iterator[Tensor]:
+        plan = EpochPlan(split, m, seed=0, epoch=epoch)
+        return (views for views, _ in two_view_batches(source, plan, workers=2))
+
+    def make_losses(model: nn.Module, views: Tensor) -> dict[str, Tensor]:
+        with network_autocast(DEVICE, precision):
+            return cbswr_losses(model, model.normalization(views))
+
+    return stepper(model, make_losses, make_batches)
 
 
-def measure(backbone: str, size: int, m: int, count: int, precisions: list[str], repeats: int) -> dict[str, Any]:
-    """All ways of one backbone; the step without input is of the first precision."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    model = build_model(backbone)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "images.npy"
-        np.save(path, np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8))
-        images = np.load(path, mmap_mode="r")
-        difference = largest_difference(model, images, m, device)
-        ways = {
-            **{f"ours, {name}": ours(model, images, m, name, device, "host") for name in precisions},
-            f"ours, {precisions[0]}, no input": ours(model, images, m, precisions[0], device, "tensor"),
-            "literal, fp32": reference(model, images, m, device),
-        }
-        if device.type == "cuda":
-            name = f"ours, {precisions[0]}, resident images"
-            ways[name] = ours(model, images, m, precisions[0], device, "device")
-        timed = paired.in_turn(ways, repeats, device)
-    for figures in timed.values():
-        figures["rows_per_second"] = 2 * m / figures["median_s"]
-    return {"rows": 2 * m, "image_size": size, "largest_relative_loss_difference_fp32": difference, "ways": timed}
+def literal_step(model: nn.Module, images: np.ndarray, m: int) -> Callable[[], None]:
+    """Return a literal step, m images in two views."""
+    views = LiteralViews(images, model.normalization)
+    loader = torch.utils.data.DataLoader(views, m, shuffle=True, num_workers=4, drop_last=True)
+    return stepper(literal_model(model), literal_losses, lambda _: map(torch.cat, loader))
 
 
-def main() -> None:
-    parser = paired.arguments("train_step", " ".join(__doc__.split()))
-    parser.add_argument("--backbones", nargs="+", default=["googlenet", "resnet18"])
-    parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
-    parser.add_argument("--batch", type=int, default=64, help="m, images a batch (default 64)")
-    options = parser.parse_args()
-    keep_freed_memory()
-    size, m, count = (64, 4, 16) if options.tiny else (256, options.batch, 8 * options.batch)
-    backbones = ["googlenet"] if options.tiny else options.backbones
-    result = {name: measure(name, size, m, count, options.precisions, options.repeats) for name in backbones}
-    paired.write({"data": "random pixels", **result}, options)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Time the steps of each backbone, and write the result."""
+    parser = paired.make_parser("train_step", "Seconds of a training step, beside a literal one's.")
+    add = parser.add_argument
+    add("--backbones", nargs="+", default=["googlenet", "resnet18"], help="which to train")
+    add("--batch", type=whole(2), default=64, help="m, images a batch")
+    options = parser.parse(sys.argv[1:] if argv is None else argv)
+    size, m, backbones = 256, options.batch, options.backbones
+    if options.tiny:
+        size, m, backbones = 32, 4, ["resnet_small"]
+    images = np.random.default_rng(0).integers(0, 256, (8 * m, size, size, 3), np.uint8)
+    result: dict[str, Any] = {"data": f"random pixels, {size} px"}
+    for backbone in backbones:
+        model = build_model(backbone)
+        ways = {f"ours, {p}": our_step(model, images, m, p) for p in ("fp32", "bf16")}
+        ways["literal, fp32"] = literal_step(model, images, m)
+        result[backbone] = {"rows": 2 * m, "ways": paired.in_turn(ways, options.repeats)}
+    paired.write(result, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -97,7 +97,7 @@ class EpochPlan:
         return self.order[self.places(batch)]
 
     def crops(self, batch: int) -> Crops:
-        """Return the crops of a batch: first views of its images, then second views in that order."""
+        """Return the crops of a batch: first views of its images, then their second views."""
         places = self.places(batch)
         images = np.concatenate([self.order[places], self.second[places]])
         draws = (*self.corners, self.flips)

@@ -14,7 +14,7 @@ from utils.tensors import as_float
 
 
 def contextual_similarity(
-    embeddings: Tensor, images: Tensor, n_neighbors: int = 10, sigma: float = 1.0
+    embeddings: Tensor, images: Tensor, n_neighbors: int = 10, sigma: float = 3.0
 ) -> Tensor:
     """Tell how much the rows of a batch belong together.
 

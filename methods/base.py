@@ -1,4 +1,4 @@
-"""What every method of training has: a network, a loss of a batch, and hooks that the loop calls."""
+"""What every method has: a network, a loss of a batch, and hooks that the loop calls."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ class Method(nn.Module):
             None: batches of single images.
         own_rate: rate of the parameters beside the network, as a multiple of the network's.
         uses_labels: whether the method needs the real labels of the training images.
+        uses_all: whether every parameter of the network has a part in the loss.
     """
 
     own_rate = 1.0
     uses_labels = False
+    uses_all = False
     positives: Tensor | None
     neighbors: Tensor | None
 

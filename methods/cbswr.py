@@ -43,8 +43,7 @@ class CBSwRMethod(Method):
             "--softmax_over",
             type=name_of(("centers", "images")),
             default="centers",
-            help="the metric loss is a softmax over the centers of the batch's clusters, or over its "
-            "images (instance softmax, Ye et al. 2019)",
+            help="what the metric loss runs over: centers of clusters, or images (Ye et al. 2019)",
         )
         group.add_argument(
             "--pseudo_labels",
@@ -69,6 +68,7 @@ class CBSwRMethod(Method):
     def __init__(self, model: Any, options: argparse.Namespace, n_images: int, **kwargs) -> None:
         super().__init__(model, options, n_images, **kwargs)
         self.weights = (options.ml, options.rim, options.recon)
+        self.uses_all = all(self.weights)
         if not any(self.weights):
             raise UserError("ml, rim and recon are all 0: there is nothing to train")
         if options.n_cluster > n_images:

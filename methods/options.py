@@ -25,9 +25,10 @@ def add_method_options(parser: Parser, name: str) -> None:
                 )
 
 
-def methods_help() -> str:
-    """Return the options of every method, as --help shows them."""
-    return "\n".join(_option_parser(name).format_help() for name in METHODS)
+def others_help(method: str) -> str:
+    """Return the options of all other methods, as the help shows them."""
+    names = [name for name in METHODS if name != method]
+    return "\n" + "\n".join(_option_parser(name).format_help() for name in names)
 
 
 def _option_parser(name: str) -> Parser:
@@ -58,10 +59,10 @@ def read_layers(argv: list[str]) -> tuple[str, list[tuple[str, dict]]]:
         layers = [_read_run(Path(sources.resume))]
     else:
         config = read_json_object(sources.config) if sources.config else {}
-        recipe = sources.recipe or config.get("recipe", "paper")
+        recipe = str(sources.recipe or config.get("recipe", "paper"))
         layers = [(recipe, read_recipe(recipe)), (sources.config, config)]
     methods = [options.pop("method") for _, options in layers if "method" in options]
-    if methods[-1] not in METHODS:
+    if methods[-1] not in list(METHODS):
         names = ", ".join(METHODS)
         raise UserError(f"{layers[0][0]}: the method is one of {names}, not {methods[-1]!r}")
     return methods[-1], layers

@@ -49,7 +49,7 @@ class STML(Method):
         group.add_argument(
             "--sigma",
             type=real(0, above=True),
-            default=1.0,
+            default=3.0,
             help="width of the pairwise similarity",
         )
         group.add_argument(
@@ -58,15 +58,23 @@ class STML(Method):
 
     def __init__(self, model: Any, options: argparse.Namespace, n_images: int, **kwargs) -> None:
         super().__init__(model, options, n_images, **kwargs)
-        check_groups(options.group, options.batch_size, n_images)
+        check_groups(options.group, options.batch_size)
         self.large = None
         if options.distill_dim:
             self.large = nn.Linear(model.pooled_dim, options.distill_dim)
-            nn.init.orthogonal_(self.large.weight)
-            nn.init.zeros_(self.large.bias)
+            self._begin(self.large)
+            if options.head_init == "random":
+                self._begin(model.feat_ext[0])
         self.teacher = copy.deepcopy(nn.ModuleDict(self._student())).requires_grad_(False)
+        if self.large is not None:
+            self._begin(self.teacher["large"])  # weights of its own
         if options.group > 1:
             self.neighbors = torch.zeros(n_images, options.group - 1, dtype=torch.int64)
+
+    @staticmethod
+    def _begin(head: nn.Linear) -> None:
+        nn.init.orthogonal_(head.weight)
+        nn.init.zeros_(head.bias)
 
     def _student(self) -> dict[str, nn.Module]:
         parts = {"model": self.model}
@@ -142,12 +150,10 @@ class STML(Method):
         self._move_teacher(momentum=0.0)
 
 
-def check_groups(group: int, batch_size: int, n_images: int) -> None:
-    """Raise UserError unless batches divide into groups, of no more images than there are."""
+def check_groups(group: int, batch_size: int) -> None:
+    """Raise UserError unless batches divide into groups."""
     if batch_size % group:
         fitting = batch_size // group * group or group
         raise UserError(
             f"batch_size {batch_size}: no multiple of the group of {group}; try {fitting}"
         )
-    if group > n_images:
-        raise UserError(f"group {group}: there are {n_images} training images")

@@ -36,7 +36,7 @@ class Supervised(Method):
         self, model: Any, options: argparse.Namespace, n_images: int, labels: Tensor, **kwargs
     ) -> None:
         super().__init__(model, options, n_images, labels, **kwargs)
-        check_groups(options.group, options.batch_size, n_images)
+        check_groups(options.group, options.batch_size)
         self.register_buffer("labels", labels)
         if options.group > 1:
             self.neighbors = torch.zeros(n_images, options.group - 1, dtype=torch.int64)
@@ -87,7 +87,7 @@ class MultiSimilarity(Supervised):
 
 
 def same_class(labels: Tensor, count: int, seed: tuple[int, int]) -> Tensor:
-    """Draw for each image `count` images of its class, in turns where there are fewer: (N, count)."""
+    """Draw for each image `count` images of its class, with repetition if there are fewer."""
     rng = np.random.default_rng(seed)
     drawn = np.empty((len(labels), count), np.int64)
     for label in range(int(labels.max()) + 1):

@@ -126,7 +126,7 @@ def _current_config(config: object) -> dict:
 
 
 def _stored_size(data: object) -> int | None:
-    """Return the side of the training images, from a fingerprint "uint8 (N, S, S, 3) sha256 ..."."""
+    """Return the side of the training images, from a fingerprint "uint8 (N, S, S, 3) ..."."""
     try:
         match = re.match(r"uint8 \(\d+, (\d+), \1, 3\) ", data["training"]["images"])
     except (KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Inception-v1 as Caffe has it, the backbone of the paper: no batch norm, LRN, pools in ceil mode."""
+"""Inception-v1 as Caffe has it, the paper's backbone: LRN, no batch norm, pools in ceil mode."""
 
 from __future__ import annotations
 

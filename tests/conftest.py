@@ -1,4 +1,4 @@
-"""What several tests share: where the research data is, if it is here at all."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from forks import Forks
+from reported import Reported
+from synthetic import write_dataset
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # so starts a shell what runs in its background, and programs started by tests would inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup starts it
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:  # as a shell's background or nohup starts it
+        signal.signal(number, handler)
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
-sys.path.insert(0, str(GOLDEN))  # tests import golden_state from it
+sys.path.insert(0, str(ROOT / "tests" / "golden"))  # tests import golden_state from it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--kills: how often a training run is killed."""
-    parser.addoption("--kills", type=int, default=3, metavar="N", help="SIGKILLs of the test that kills training")
-
-
-def shared_folder() -> Path | None:
-    """The folder with the research images and weights: $CBSWR_SHARED, else ../shared beside the checkout."""
-    folder = Path(os.environ.get("CBSWR_SHARED", ROOT.parent / "shared"))
-    return folder if (folder / "data").is_dir() else None
+    """Add --kills."""
+    parser.addoption(
+        "--kills", type=int, default=3, metavar="N", help="how often the test of kills kills"
+    )
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The research data; a test that asks for it is skipped where it is absent."""
-    folder = shared_folder()
-    if folder is None:
-        pytest.skip("needs the research images and weights (set CBSWR_SHARED); they are not part of the project")
+    """The folder with the research images and weights: $CBSWR_SHARED, or ../shared.
+
+    A test that asks for it is skipped where it is absent.
+    """
+    folder = Path(os.environ.get("CBSWR_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip("needs the research images and weights, which are not part of the project")
     return folder
 
 
@@ -50,26 +52,26 @@ def root() -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """One thread for a module that asks for it: in work so small, several would only wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
+    """Let torch use one thread: in work so small, several would only wait for each other."""
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The --data_dir of the data set `tiny`; no test may change it."""
+    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def reported(tmp_path_factory):
     """Runs and the pages about them."""
-    from reported import Reported
-
     return Reported(tmp_path_factory.mktemp("reported"))
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory) -> Iterator[Forks]:
+def forks(tmp_path_factory) -> Forks:
     """Runs of the scripts in processes of their own."""
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
+    return Forks(tmp_path_factory.mktemp("forks"))

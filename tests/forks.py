@@ -1,143 +1,93 @@
-"""Whole processes of a script that start in milliseconds: forks of one that has imported everything.
-
-Each is a process of its own for whatever is sent to it; torch alone would take seconds to import every time.
-"""
+"""Whole processes of a script that start in milliseconds: forks of one that imported torch."""
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import runpy
 import signal
-import socket
-import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
+import torch
 from scripts import ROOT, Outcome
+from torch.distributed import TCPStore
 
-LONGEST = 300  # seconds: a process that waits for ever fails its test
+import train
+from utils.errors import run_script
+
+LONGEST = 300  # seconds, of a process
 
 
 class Forks:
-    """The process that forks; `start` and `finish` one run at a time."""
+    """Processes of a script, and of one job at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: where the output of the runs goes."""
+        """folder: where the output of the scripts goes."""
         self.folder = folder
-        self.server = subprocess.Popen(
-            [sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        )  # fmt: skip
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["forks"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+            forkserver.ensure_running()
 
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.stdout.close()
-        self.server.wait()
+    def start(
+        self, *argv: object, before: str = "", script: str = "train.py", processes: int = 1
+    ) -> int:
+        """Start a script and return the id of its first process.
 
-    def start(self, *argv: object, before: str = "", script: str = "train.py", processes: int = 1) -> int:
-        """Start a script with these arguments, after the Python text `before`; the process id.
-
-        processes: of a job, started as torchrun does, but none is ended because another one was; the process id is
-        of the one that waits for them.
+        Args:
+            before: Python text that is run first; `train` is the module.
+            processes: of a job, as torchrun starts it, but that none is ended when another one is.
         """
-        order = {"argv": [str(word) for word in argv], "before": before, "folder": str(self.folder), "script": script,
-                 "processes": processes}  # fmt: skip
-        self.server.stdin.write(json.dumps(order) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        for name in ("out", "err"):
+            (self.folder / name).write_text("")
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        job = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port}
+        self.jobs = []
+        for rank in range(processes):
+            place = job | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_USE_AGENT_STORE": True}
+            order = (script, [str(word) for word in argv], before, place, self.folder)
+            self.jobs.append(self.context.Process(target=carry_out, args=order))
+            self.jobs[-1].start()
+        return self.jobs[0].pid
 
     def finish(self) -> Outcome:
-        """Wait for the run; `code` as of subprocess (minus the signal for a killed one), `out`, `err`."""
-        self.server.stdin.write("\n")
-        self.server.stdin.flush()
-        code = os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
-        return Outcome(code, (self.folder / "out").read_text(), (self.folder / "err").read_text())
+        """Wait for the script.
+
+        Its code is minus the number of the signal that ended it, of a job the largest status, 128 +
+        number for a signal.
+        """
+        for job in self.jobs:
+            job.join()
+        codes = [job.exitcode for job in self.jobs]
+        if len(codes) > 1:
+            codes = [128 - code if code < 0 else code for code in codes]
+        texts = [(self.folder / name).read_text() for name in ("out", "err")]
+        return Outcome(max(codes), *texts)
 
     def run(self, *argv: object, kill_after: float | None = None, **how: object) -> Outcome:
-        """Start and finish; with `kill_after`, SIGKILL after so many seconds."""
-        pid = self.start(*argv, **how)
+        """Start and finish a script; with `kill_after`, SIGKILL after so many seconds."""
+        self.start(*argv, **how)
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)  # perhaps too late: the id stays its own until `finish`
+            self.jobs[0].kill()
         return self.finish()
 
 
-def _child(order: dict) -> None:
+def carry_out(script: str, argv: list[str], before: str, place: dict, folder: Path) -> None:
+    """Run a script in a process of its own, as its command line would run it."""
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(Path(order["folder"]) / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND), number)
-    if order["processes"] > 1:
-        _fork_processes(order["processes"])
-    signal.alarm(LONGEST)
-    sys.argv = [order["script"], *order["argv"]]
-    if order["script"] != "train.py":
-        runpy.run_path(str(ROOT / order["script"]), run_name="__main__")
-        raise SystemExit(0)
-    import train
-    from utils.errors import run_script
-
-    exec(order["before"], {"train": train})
-    run_script(train.main)
-
-
-def _fork_processes(count: int) -> None:
-    """Return in the processes of a job, each with its place; the process that forked them holds the store of the job,
-    as torchrun does, waits for them and exits.
-
-    The exit status is the largest of theirs, 128 + the signal's number for one that was killed.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-              "TORCHELASTIC_USE_AGENT_STORE": True}  # fmt: skip
-    ids = []
-    for rank in range(count):
-        ids.append(os.fork())
-        if ids[-1] == 0:
-            place = shared | {"RANK": rank, "LOCAL_RANK": rank}
-            os.environ.update({name: str(value) for name, value in place.items()})
-            return
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ids]
-    del store
-    raise SystemExit(max(128 - code if code < 0 else code for code in codes))
-
-
-def _serve() -> None:
-    import torch
-    import torchvision  # noqa: F401
-
-    import datasets  # noqa: F401
-    import models  # noqa: F401
-    import utils.evaluation
-    import utils.features
-    import utils.finite  # noqa: F401
-
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                _child(json.loads(line))
-            except SystemExit as end:
-                status = end.code or 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        print(pid, flush=True)
-        sys.stdin.readline()  # until `finish`, so that the id of a process that has ended is given to no other
-        print(os.waitpid(pid, 0)[1], flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+    signal.alarm(LONGEST)
+    sys.argv = [script, *argv]
+    if before:
+        exec(before, {"train": train})
+    if script == "train.py":
+        run_script(train.main)
+    runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -1,8 +1,9 @@
-"""The project's scripts, run in this process as their command lines would run them, and what they said."""
+"""The project's scripts, run in this process as their command lines would run them."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import re
@@ -18,6 +19,8 @@ from typing import NamedTuple
 from utils.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
+# what Python itself does not show
+HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
 class Outcome(NamedTuple):
@@ -33,54 +36,48 @@ class TooSlow(BaseException):
 
 
 def path_of(script: str) -> Path:
-    """The file of a script, from its plain name: `train.py`, `pre_process_cub200.py`."""
-    return ROOT / "pre_process" / script if is_pre_processing(script) else ROOT / script
-
-
-def is_pre_processing(script: str) -> bool:
-    """Whether a script is one of the folder pre_process/."""
-    return script.startswith("pre_process") or script == "download.py"
+    """Return the file of a script by its plain name: `train.py`, `pre_process_cub200.py`."""
+    is_pre_processing = script.startswith("pre_process") or script == "download.py"
+    return ROOT / "pre_process" / script if is_pre_processing else ROOT / script
 
 
 @cache
 def module_of(script: str) -> ModuleType:
-    """A script as a module; `test` is the name of a package of Python's own, so it gets another."""
+    """Import a script; `test` is a package of Python's own, so test.py gets another name."""
     if script != "test.py":
-        return importlib.import_module(".".join(path_of(script).relative_to(ROOT).with_suffix("").parts))
+        parts = path_of(script).relative_to(ROOT).with_suffix("").parts
+        return importlib.import_module(".".join(parts))
     spec = importlib.util.spec_from_file_location("test_script", path_of(script))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def run_in_process(script: str, *argv: object, seconds: float = 60) -> Outcome:
-    """Run a script's last line with these arguments: what it prints, warnings included, and how it ends.
+def run_in_process(script: str, *argv: object, seconds: int = 60) -> Outcome:
+    """Run a script and return what it prints, warnings included, and how it ends.
 
-    Anything but an exit, a traceback on a command line, comes out as it is; `TooSlow` after so many seconds.
+    Raises what would end in a traceback, and `TooSlow` after so many seconds.
     """
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     main = module_of(script).main
-    with process_as_before(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), within(seconds):
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with process_as_before(), streams[0], streams[1], within(seconds):
         sys.argv = [str(path_of(script)), *map(str, argv)]
-        show_warnings_as_python_does()
-        warnings.showwarning = lambda *what, **_: print(*what, file=err)  # pytest would keep them to itself
+        warnings.simplefilter("default")
+        for category in HIDDEN:
+            warnings.simplefilter("ignore", category)
+        warnings.showwarning = lambda *parts, **_: print(*parts, file=err)  # pytest would keep them
         try:
             run_script(main)
-        except SystemExit as ended:
-            return Outcome(ended.code or 0, out.getvalue(), err.getvalue())
+        except SystemExit as end:
+            return Outcome(end.code or 0, out.getvalue(), err.getvalue())
     raise AssertionError("run_script returned")
-
-
-def show_warnings_as_python_does() -> None:
-    """The filters of a plain start of Python: pytest lets every kind through."""
-    warnings.simplefilter("default")
-    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-        warnings.simplefilter("ignore", category)
 
 
 @contextlib.contextmanager
 def process_as_before() -> Iterator[None]:
-    """Put back what a script sets in its process: its arguments, its handlers of signals, of warnings."""
+    """Put back what a script sets in its process: arguments, handlers of signals and warnings."""
     argv = sys.argv
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -93,27 +90,23 @@ def process_as_before() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Raise `TooSlow` in the main thread when the block takes longer, but for times when it is stopped."""
-    left = seconds
+def within(seconds: int) -> Iterator[None]:
+    """Raise `TooSlow` in the main thread when the block takes longer."""
 
-    def tick(*_: object) -> None:  # ticks of a stopped process come as one
-        nonlocal left
-        left -= 1
-        if left <= 0:
-            raise TooSlow(f"still running after {seconds} s")
+    def stop(*_: object) -> None:
+        raise TooSlow(f"still running after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, tick)
-    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def failed(outcome: Outcome, *words: object, script: str = r"\w+\.py", code: int = 2) -> None:
-    """Assert that a script ended with one line, `SCRIPT.py: error: ...`, with these words in it, and this status."""
+    """Assert that a script ended with this status and one line that holds these words."""
     assert outcome.code == code, outcome
     assert re.fullmatch(rf"{script}: error: [^\n]+\n", outcome.err), outcome.err
     for word in words:

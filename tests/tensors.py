@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DOUBLE = {"rtol": 1e-10, "atol": 1e-12}  # two ways to compute a formula in float64
-SINGLE = {"rtol": 2e-5, "atol": 2e-5}  # a formula in float32
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a checkpoint file to the same network: every backbone, and files that are no checkpoint."""
+"""From a checkpoint file to an equal network, and files that are no checkpoint."""
 
 from __future__ import annotations
 
@@ -6,86 +6,123 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from models import build_model, load_checkpoint
+from models import Pooling, build_model, load_checkpoint, load_network
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FINGERPRINT = "uint8 (9, 64, 64, 3) sha256 00"
 
 
 @pytest.fixture(scope="module")
-def small() -> torch.nn.Module:
+def small() -> nn.Module:
     torch.manual_seed(2)
-    return build_model("resnet_small", 5, 6)
+    return build_model("resnet_small", 5, 6).eval()
 
 
-@pytest.mark.parametrize("backbone", ["googlenet", "googlenet_bn", "resnet18", "resnet_small"])
+def save(path: Path, model: nn.Module, **facts: object) -> Path:
+    torch.save({"model": model.state_dict(), **facts}, path)
+    return path
+
+
+@pytest.mark.parametrize("backbone", ["googlenet_bn", "resnet_small"])
 def test_round_trip(tmp_path, backbone):
     torch.manual_seed(4)
     model = build_model(backbone, 5, 6)
-    config = {"backbone": backbone, "lr": 0.01, "log_dir": None}
-    path = tmp_path / "run.pth"
-    torch.save({"model": model.state_dict(), "epoch": 11, "config": config, "metrics": [{"epoch": 11}]}, path)
+    config = {"backbone": backbone, "method": "cbswr", "flip_eval": True}
+    data = {"training": {"images": FINGERPRINT}}
+    path = save(tmp_path / "run.pth", model, epoch=11, config=config, data=data)
     loaded, info = load_checkpoint(path)
     assert info == {
-        "path": str(path), "epoch": 11, "backbone": backbone, "n_cluster": 5, "low_dim": 6, "config": config,
-        "data": {}, "image_size": None,
-    }  # fmt: skip
+        "path": str(path),
+        "epoch": 11,
+        "backbone": backbone,
+        "n_cluster": 5,
+        "low_dim": 6,
+        "config": config,
+        "data": data,
+        "image_size": 64,
+        "flip_eval": True,
+    }
     assert not loaded.training and loaded.backbone_name == backbone
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
-    if backbone == "resnet_small":
-        x = torch.randn(2, 3, 32, 32)
-        with torch.no_grad():
-            for actual, expected in zip(loaded(x), model.eval()(x), strict=True):
-                assert torch.equal(actual, expected)
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnet101"])
-def test_deep_backbones_are_told_apart(tmp_path, backbone):
-    """The figures do not matter here: all arrays are views of one zero, so that the file stays small."""
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50"])
+def test_backbones_are_told_apart_by_names_and_shapes(tmp_path, backbone):
     with torch.device("meta"):
         shapes = build_model(backbone, 5, 6).state_dict()
-    state = {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in shapes.items()}
-    most = max(value.numel() for value in state.values())  # a file must be as large as each of its tensors
-    torch.save({"model": state, "epoch": 1, "filling": torch.zeros(most)}, tmp_path / "deep.pth")
+    zeros = {name: torch.zeros((), dtype=v.dtype).expand(v.shape) for name, v in shapes.items()}
+    torch.save({"model": zeros}, tmp_path / "deep.pth")  # views of a single zero: a small file
     assert load_checkpoint(tmp_path / "deep.pth")[1]["backbone"] == backbone
 
 
-def test_the_two_googlenets_have_the_same_names_and_the_config_tells_them_apart(tmp_path):
-    model = build_model("googlenet_caffe", 5, 6)
-    found = {}
-    configs = {
-        "none": {}, "released": {"backbone": "googlenet"}, "caffe": {"backbone": "googlenet_caffe"},
-        "absurd": {"backbone": ["resnet18"]}, "wrong": {"backbone": "resnet18"},
-    }  # fmt: skip
-    for name, config in configs.items():
-        content = {"model": model.state_dict(), "epoch": 1} | ({"config": config} if config else {})
-        torch.save(content, tmp_path / "run.pth")
-        loaded, info = load_checkpoint(tmp_path / "run.pth")
-        found[name] = info["backbone"], loaded.base_model[0].norm.kind
-    released, caffe = ("googlenet", "released"), ("googlenet_caffe", "caffe")
-    assert found == {"none": released, "released": released, "caffe": caffe, "absurd": released, "wrong": released}
+def test_a_config_stands_above_what_is_asked_for(tmp_path, small):
+    path = save(tmp_path / "run.pth", small, config={"backbone": "resnet_small"})
+    assert load_checkpoint(path, backbone="resnet_small")[1]["backbone"] == "resnet_small"
+    with pytest.raises(UserError, match=r"run\.pth: was trained with the backbone resnet_small"):
+        load_checkpoint(path, backbone="resnet18")
 
 
-def test_a_bare_state_dict_and_parallel_names(tmp_path, small):
-    torch.save({f"module.{name}": value for name, value in small.state_dict().items()}, tmp_path / "bare.pth")
+def test_the_pooling_of_a_run_is_that_of_its_config(tmp_path):
+    config = {"backbone": "resnet_small", "layers": "layer2,layer3", "pool": "gem,avg"}
+    config |= {"stripes": "1", "head_init": "whiten"}
+    pooling = Pooling.parse("layer2,layer3", "gem,avg", unit=True)
+    model = build_model("resnet_small", 5, 6, pooling=pooling)
+    loaded, _ = load_checkpoint(save(tmp_path / "run.pth", model, config=config))
+    assert str(loaded.pooling) == "gem of layer2 + avg of layer3"
+    for wrong in ({"stripes": "no"}, {"layers": 3}, {"pool": "mean"}, {"layers": "layer7,layer3"}):
+        path = save(tmp_path / "wrong.pth", model, config=config | wrong)
+        with pytest.raises(UserError):
+            load_checkpoint(path)
+
+
+def test_a_bare_state_dict_with_parallel_names_in_halves(tmp_path, small):
+    state = {f"module.{name}": value for name, value in small.state_dict().items()}
+    halves = {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
+    torch.save(halves, tmp_path / "bare.pth")
     loaded, info = load_checkpoint(tmp_path / "bare.pth")
-    assert (info["epoch"], info["config"], info["n_cluster"], info["low_dim"]) == (None, {}, 5, 6)
-    assert torch.equal(loaded.feat_ext[0].weight, small.feat_ext[0].weight)
+    assert (info["epoch"], info["config"], info["image_size"]) == (None, {}, None)
+    weight = loaded.feat_ext[0].weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, small.feat_ext[0].weight.half().float())
 
 
-def test_halves_widen(tmp_path, small):
-    torch.save(
-        {"model": {k: v.half() if v.is_floating_point() else v for k, v in small.state_dict().items()}},
-        tmp_path / "half.pth",
-    )
-    loaded, _ = load_checkpoint(tmp_path / "half.pth")
-    assert loaded.feat_ext[0].weight.dtype == torch.float32
-    assert torch.equal(loaded.feat_ext[0].weight, small.feat_ext[0].weight.half().float())
+# ------------------------------------------------------------------------------ load_network
 
 
-def refused(path: Path, *words: str) -> None:
+def test_a_frozen_backbone_is_a_network_too():
+    model, about = load_network("cpu", None, "resnet_small", "none")
+    assert not model.training
+    assert about == {
+        "features": "pooled",
+        "backbone": "resnet_small",
+        "weights": "none",
+        "checkpoint": None,
+        "epoch": None,
+        "flip_eval": False,
+    }
+
+
+def test_a_network_of_a_run_and_its_first_dimensions(tmp_path, small):
+    config = {"backbone": "resnet_small", "head_init": "pca", "flip_eval": True}
+    path = save(tmp_path / "best.pth", small, epoch=2, config=config)
+    model, about = load_network("cpu", str(tmp_path), dim=4)  # the folder of the run
+    assert (about["checkpoint"], about["features"], about["epoch"]) == (str(path), "embedding", 2)
+    assert about["low_dim"] == model.low_dim == 4 and about["flip_eval"]
+    save(path, small, config={"backbone": "resnet_small"})
+    with pytest.raises(UserError, match=r"not in order, .* cannot be cut to 4"):
+        load_network("cpu", str(tmp_path), dim=4)
+
+
+# ----------------------------------------------------------------------------------- refused
+
+
+def assert_refused(path: Path, *words: str) -> None:
     with pytest.raises(UserError) as caught:
         load_checkpoint(path)
     message = str(caught.value)
@@ -94,49 +131,41 @@ def refused(path: Path, *words: str) -> None:
         assert word in message
 
 
-def test_missing_files_and_folders(tmp_path):
-    refused(tmp_path / "none.pth", "no such file")
-    refused(tmp_path, "a folder")
+def test_missing_files_folders_and_other_files(tmp_path):
+    assert_refused(tmp_path / "none.pth", "no such file")
+    assert_refused(tmp_path, "a folder")
+    (tmp_path / "other.pth").write_bytes(b"no checkpoint\n" * 9)
+    assert_refused(tmp_path / "other.pth")
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint\n" * 9, b"PK\x03\x04", b"\x80\x02}q\x00."])
-def test_files_that_are_none(tmp_path, content):
-    (tmp_path / "else.pth").write_bytes(content)
-    refused(tmp_path / "else.pth")
+HEADS = {"feat_ext.0.weight": torch.zeros(3, 4), "clustering.2.weight": torch.ones(2, 3)}
 
 
-def test_truncated_files(tmp_path, small):
-    torch.save({"model": small.state_dict(), "epoch": 1}, tmp_path / "whole.pth")
-    content = (tmp_path / "whole.pth").read_bytes()
-    for share in (0.001, 0.02, 0.5, 0.95, 0.999):
-        (tmp_path / "cut.pth").write_bytes(content[: int(share * len(content))])
-        refused(tmp_path / "cut.pth")
-
-
-@pytest.mark.parametrize("content, words", [
-    (torch.zeros(3), "expected a dictionary, found Tensor"),
-    ([1, 2], "expected a dictionary, found list"),
-    ({}, "it holds no state_dict"),
-    ({"model": {}}, "it holds no state_dict"),
-    ({"model": None, "epoch": 3}, "it holds no state_dict"),
-    ({"model": {"feat_ext.0.weight": 3}}, "it holds no state_dict"),
-    ({"model": {0: torch.zeros(3)}}, "it holds no state_dict"),
-    ({"model": {"conv1.weight": torch.zeros(3)}}, "no weights feat_ext.0 and clustering.2"),
-    ({"model": {"feat_ext.0.weight": torch.zeros(3), "clustering.2.weight": torch.zeros(3)}}, "no weights feat_ext.0"),
-    ({"model": {"feat_ext.0.weight": torch.zeros(3, 4), "clustering.2.weight": torch.ones(2, 3)}}, "no known backbone"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (torch.zeros(3), "holds no state_dict"),
+        ({"model": None, "epoch": 3}, "holds no state_dict"),
+        ({"model": {"conv1.weight": torch.zeros(3)}}, "no feat_ext.0 and clustering.2"),
+        ({"model": HEADS}, "fits no known backbone"),
+        ({"model": HEADS | {"a": torch.full((2,), torch.inf)}}, "a holds NaN or infinite values"),
+    ],
+)
 def test_other_content(tmp_path, content, words):
-    torch.save(content, tmp_path / "else.pth")
-    refused(tmp_path / "else.pth", words)
+    torch.save(content, tmp_path / "other.pth")
+    assert_refused(tmp_path / "other.pth", words)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda state: state.pop("decoder.decoder.4.weight"), "1 names missing, unknown or of another shape"),
-    (lambda state: state.update({"extra.weight": torch.zeros(1)}), "the first is extra.weight"),
-    (lambda state: state.update({"base_model.conv1.weight": torch.zeros(1)}), "the first is base_model.conv1.weight"),
-])  # fmt: skip
-def test_nearly_right_names_say_what_is_wrong(tmp_path, small, change, words):
-    state = dict(small.state_dict())
-    change(state)
-    torch.save({"model": state}, tmp_path / "near.pth")
-    refused(tmp_path / "near.pth", "the nearest is resnet_small", words)
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("decoder.decoder.4.weight", None),
+        ("extra.weight", torch.zeros(1)),
+        ("base_model.conv1.weight", torch.zeros(1)),
+    ],
+)
+def test_nearly_right_names_say_what_is_wrong(tmp_path, small, name, value):
+    state = small.state_dict() | {name: value}
+    path = tmp_path / "near.pth"
+    torch.save({"model": {n: v for n, v in state.items() if v is not None}}, path)
+    assert_refused(path, "nearest is resnet_small, with 1 names", f"the first is {name}")

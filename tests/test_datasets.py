@@ -1,4 +1,4 @@
-"""The arrays are what they should be, and an epoch's views are fixed by (seed, epoch) and by nothing else."""
+"""The arrays are checked, and an epoch's views are fixed by seed and epoch and nothing else."""
 
 from __future__ import annotations
 
@@ -10,310 +10,295 @@ import pytest
 import torch
 from synthetic import shapes, write_dataset, write_split
 
-from datasets import EpochPlan, ResidentLoader, TwoViewLoader, center_crops, crop_size, load_split
-from datasets.views import Views, cut_views
+from datasets.arrays import UNLABELED, Split, beside, load_split
+from datasets.views import (
+    Crops,
+    EpochPlan,
+    center_crops,
+    crop_size,
+    cut_crops,
+    gather_crops,
+    images_on,
+    two_view_batches,
+)
 from utils.errors import UserError
 
-# ---------------------------------------------------------------- arrays
+IMAGES, LABELS = shapes(24, range(1, 5), 32, seed=1)
+
+
+@pytest.fixture
+def training(tmp_path) -> Split:
+    return load_split(write_dataset(tmp_path), "tiny", "training")
+
+
+def split_of(count: int, image_size: int = 32) -> Split:
+    """Make a split whose pixels nobody looks at."""
+    images = np.broadcast_to(np.uint8(0), (count, image_size, image_size, 3))
+    return Split(images, np.arange(count), Path("none"), np.arange(count))
+
+
+# ------------------------------------------------------------------------------------ arrays
 
 
 def test_load_split(tmp_path):
-    images, labels = shapes(10, range(3), 16, seed=1)
-    path = write_split(tmp_path, "tiny", "training", images, labels.astype(np.int32))
+    path = write_split(tmp_path, "tiny", "training", IMAGES, LABELS.astype(np.int32))
+    write_split(tmp_path, "tiny", "validation", IMAGES[:9], LABELS[:9] + 4)
     for folder in (tmp_path, tmp_path / "tiny", str(tmp_path)):
         split = load_split(folder, "tiny", "training")
-        np.testing.assert_array_equal(split.images, images)
-        np.testing.assert_array_equal(split.labels, labels)
+        np.testing.assert_array_equal(split.images, IMAGES)
+        np.testing.assert_array_equal(split.labels, LABELS)
         assert split.labels.dtype == np.int64
         assert isinstance(split.images, np.memmap) and not split.images.flags.writeable
-        assert (len(split), split.image_size, split.path) == (10, 16, path)
+        assert (len(split), split.image_size, split.path) == (24, 32, path)
+    assert str(load_split(tmp_path, "tiny", "validation")) == "9 images of 4 classes"
 
 
-def test_the_two_halves_are_told_apart(tmp_path):
-    write_dataset(tmp_path)
-    training, validation = (load_split(tmp_path, "tiny", half) for half in ("training", "validation"))
-    assert set(training.labels) == {1, 2, 3, 4} and set(validation.labels) == {5, 6, 7, 8}
+def assert_refused(folder: Path, *words: str, dataset: str = "tiny") -> None:
+    with pytest.raises(UserError) as caught:
+        load_split(folder, dataset, "training")
+    for word in words:
+        assert word in str(caught.value)
 
 
 def test_several_sizes(tmp_path):
     for size in (16, 24):
         write_split(tmp_path, "tiny", "training", *shapes(4, range(2), size, seed=1))
     assert load_split(tmp_path, "tiny", "training", 24).image_size == 24
-    refused(tmp_path, "choose one with --image_size", "[16, 24]")
+    assert_refused(tmp_path, "in sizes [16, 24]; choose an image size")
     write_split(tmp_path, "tiny", "training", *shapes(2, range(2), 256, seed=1))
     assert load_split(tmp_path, "tiny", "training").image_size == 256
     assert load_split(tmp_path, "tiny", "training", 16).image_size == 16
 
 
-def refused(folder, *words: str, size: int | None = None) -> None:
-    with pytest.raises(UserError) as caught:
-        load_split(folder, "tiny", "training", size)
-    for word in words:
-        assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("size", [None, 32])
-def test_missing_files_name_the_script_that_makes_them(tmp_path, size):
-    name = f"training_tiny_{size or 256}resized_img.npy"
-    refused(tmp_path, name, "no such file", "cub200, car196, sop, inshop, glyphs", size=size)
-    with pytest.raises(UserError, match=r"python pre_process/pre_process_glyphs\.py"):
-        load_split(tmp_path, "glyphs", "training", size)
-
-
-def test_missing_labels(tmp_path):
-    image_file = write_split(tmp_path, "tiny", "training", *shapes(4, range(2), 16, seed=1))
-    labels = image_file.with_name("training_tiny_16resized_label.npy")
+def test_missing_files_name_the_script_that_makes_them(tmp_path):
+    name = "training_glyphs_256resized_img.npy: no such file; make it with python "
+    assert_refused(tmp_path, name + "pre_process/pre_process_glyphs.py", dataset="glyphs")
+    assert_refused(tmp_path, "pre_process_folder.py --images DIR --name tiny")
+    labels = beside(write_split(tmp_path, "tiny", "training", IMAGES, LABELS), "label.npy")
     labels.unlink()
-    refused(tmp_path, str(labels), "no such file")
+    assert_refused(tmp_path, f"{labels}: no such file")
 
 
-IMAGES, LABELS = shapes(6, range(2), 16, seed=1)
-
-
-@pytest.mark.parametrize("images, labels, words", [
-    (IMAGES.astype(np.float32), LABELS, ["_img.npy", "expected uint8 images (N, S, S, 3), found float32"]),
-    (IMAGES[..., 0], LABELS, ["_img.npy", "expected uint8 images"]),
-    (IMAGES[:, :, :12], LABELS, ["_img.npy", "(6, 16, 12, 3)"]),
-    (np.concatenate([IMAGES, IMAGES], 3), LABELS, ["_img.npy", "(6, 16, 16, 6)"]),
-    (IMAGES, LABELS.astype(np.float64), ["_label.npy", "expected integer labels (N,), found float64"]),
-    (IMAGES, LABELS[:, None], ["_label.npy", "found int64 (6, 1)"]),
-    (IMAGES, LABELS[:5], ["_img.npy", "6 images but 5 labels"]),
-    (IMAGES[:1], LABELS[:1], ["_img.npy", "holds 1 images; at least 2 are needed"]),
-    (IMAGES[:0], LABELS[:0], ["_img.npy", "holds 0 images"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "images, labels, words",
+    [
+        (IMAGES.astype(np.float32), LABELS, "expected uint8 images (N, 32, 32, 3), found float32"),
+        (IMAGES[:, :, :12], LABELS, "(24, 32, 12, 3)"),
+        (np.asfortranarray(IMAGES), LABELS, "Fortran order"),
+        (IMAGES, LABELS[:5], "expected 24 integer labels, found int64 (5,)"),
+        (IMAGES, np.where(LABELS == 1, UNLABELED, LABELS), "-1 (no label) beside labels"),
+        (IMAGES[:1], LABELS[:1], "holds 1 images; at least 2 are needed"),
+    ],
+)
 def test_arrays_of_another_kind(tmp_path, images, labels, words):
-    write_split(tmp_path, "tiny", "training", images, labels)
-    refused(tmp_path, *words)
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    np.save(folder / "training_tiny_32resized_img.npy", images)
+    np.save(folder / "training_tiny_32resized_label.npy", labels)
+    assert_refused(tmp_path, str(folder), words)
 
 
-@pytest.mark.parametrize("which", ["img", "label"])
-def test_damaged_files(tmp_path, which):
-    write_split(tmp_path, "tiny", "training", IMAGES, LABELS)
-    path = tmp_path / "tiny" / f"training_tiny_16resized_{which}.npy"
+@pytest.mark.parametrize("kind", ["img", "label"])
+def test_damaged_files(tmp_path, kind):
+    path = beside(write_split(tmp_path, "tiny", "training", IMAGES, LABELS), f"{kind}.npy")
     content = path.read_bytes()
-    for damaged in (content[:-3], content[:60], content[:4], b"", b"no array"):
+    for damaged in (content[:-3], content[:60], b"", b"no array"):
         path.write_bytes(damaged)
-        refused(tmp_path, str(path), "pre-process again")
-    with open(path, "wb") as file:
-        np.savez(file, a=IMAGES)
-    refused(tmp_path, str(path), "not a plain .npy array")
+        assert_refused(tmp_path, f"{path}: not a plain .npy array of numbers, or truncated")
 
 
-# ---------------------------------------------------------------- the plan of an epoch
+def test_parts_of_a_half(training):
+    rest, held_out = training.hold_out(2)
+    assert rest.classes.tolist() == [1, 2] and held_out.classes.tolist() == [3, 4]
+    assert sorted([*rest.rows, *held_out.rows]) == list(range(24))
+    np.testing.assert_array_equal(training.labels[held_out.rows], held_out.labels)
+    assert set(held_out.class_numbers()) == {0, 1}
+    (batch,) = center_crops(held_out, 100)
+    np.testing.assert_array_equal(batch, training.images[held_out.rows, 2:30, 2:30])
+    for n_classes in (1, 3):
+        with pytest.raises(UserError, match="hold out at least 2 and leave at least 2"):
+            training.hold_out(n_classes)
 
 
-def as_tuple(plan: EpochPlan) -> tuple:
-    return tuple(a.tolist() for a in (plan.order, plan.top, plan.left, plan.flip, plan.second))
+def test_a_half_without_labels(tmp_path):
+    write_split(tmp_path, "tiny", "training", IMAGES, np.full(24, UNLABELED))
+    split = load_split(tmp_path, "tiny", "training")
+    assert str(split) == "24 images without labels"
+    with pytest.raises(UserError, match="has no labels"):
+        split.class_numbers()
+
+
+def test_fingerprint_sees_every_byte(monkeypatch):
+    """The bytes at the edges of the blocks that are hashed count, too."""
+    monkeypatch.setattr("datasets.arrays.HASH_BLOCK", 1000)
+    fingerprints = set()
+    for place in (0, 999, 1000, IMAGES.size - 1):
+        images = IMAGES.copy()
+        images.reshape(-1)[place] ^= 1
+        for labels in (LABELS, LABELS + 1):
+            split = Split(images, labels, Path("none"), np.arange(24))
+            fingerprints.add(tuple(split.fingerprint().values()))
+    assert len(fingerprints) == 8
+    assert all(images.startswith("uint8 (24, 32, 32, 3) sha256 ") for images, _ in fingerprints)
+
+
+# ---------------------------------------------------------------------------- plan of an epoch
+
+
+def drawn(plan: EpochPlan) -> list[list]:
+    return [array.tolist() for array in (plan.order, plan.corners, plan.flips, plan.second)]
 
 
 def test_the_plan_is_fixed_by_seed_and_epoch():
     positives = np.roll(np.arange(50), 1)
-    plans = {
-        (seed, epoch): as_tuple(EpochPlan(50, 8, 64, seed, epoch, positives)) for seed in (0, 1) for epoch in (1, 2)
-    }
-    for (seed, epoch), plan in plans.items():
-        assert plan == as_tuple(EpochPlan(50, 8, 64, seed, epoch, positives))
-    for one, other in itertools.combinations(plans.values(), 2):
-        assert all(a != b for a, b in zip(one, other, strict=True))  # order, crops, flips and positives: all anew
-
-
-def test_the_batch_size_does_not_change_what_is_drawn():
-    assert as_tuple(EpochPlan(50, 8, 64, 3, 1)) == as_tuple(EpochPlan(50, 25, 64, 3, 1))
+    plans = []
+    for seed, epoch in itertools.product((0, 1), (1, 2)):
+        draws = [drawn(EpochPlan(split_of(50), m, seed, epoch, positives)) for m in (8, 25)]
+        assert draws[0] == draws[1]  # whatever the batch size
+        plans.append(draws[0])
+    for plan, other_plan in itertools.combinations(plans, 2):
+        # order, corners, flips and positives: all anew
+        assert all(a != b for a, b in zip(plan, other_plan, strict=True))
 
 
 def test_chances_and_bounds():
-    plan = EpochPlan(20_000, 10, 256, 1024, 1, np.full(20_000, -1))
-    assert sorted(plan.order) == list(range(20_000))
-    assert plan.flip.shape == plan.top.shape == plan.left.shape == (2, 20_000)
-    for view in (0, 1):
-        assert abs(plan.flip[view].mean() - 0.75) < 0.015
-        for offset in (plan.top[view], plan.left[view]):
-            assert set(offset) == set(range(33))  # 224 of 256: every one of 0 ... 32
-            assert np.bincount(offset).min() > 0.7 * 20_000 / 33
-    assert abs((plan.second == -1).mean() - 0.5) < 0.015
-    pairs = [
-        plan.top[0],
-        plan.left[0],
-        plan.flip[0],
-        plan.top[1],
-        plan.left[1],
-        plan.flip[1],
-        plan.second == -1,
-        plan.order,
-    ]
-    correlations = np.corrcoef(np.array(pairs, dtype=float)) - np.eye(len(pairs))
+    count = 20_000
+    plan = EpochPlan(split_of(count, 256), 10, 1024, 1, positives=np.full(count, -1))
+    assert sorted(plan.order) == list(range(count))
+    for offsets in plan.corners.reshape(4, count):
+        assert set(offsets) == set(range(33))  # 224 of 256 pixels: 0 ... 32
+        assert np.bincount(offsets).min() > 0.7 * count / 33
+    is_positive = plan.second == -1
+    assert np.abs(plan.flips.mean(1) - 0.75).max() < 0.015
+    assert abs(is_positive.mean() - 0.5) < 0.015
+    draws = [*plan.corners.reshape(4, count), *plan.flips, is_positive, plan.order]
+    correlations = np.corrcoef(np.array(draws, dtype=float)) - np.eye(len(draws))
     assert np.abs(correlations).max() < 0.03  # each drawn on its own
 
 
-def test_without_positives_the_second_view_is_of_the_image_itself():
-    assert EpochPlan(9, 2, 32, 0, 1).second.tolist() == list(range(9))
-
-
-def test_the_last_incomplete_batch_is_dropped():
-    plan = EpochPlan(23, 5, 32, 0, 1)
+def test_every_image_is_drawn_once_and_the_last_incomplete_batch_is_dropped():
+    plan = EpochPlan(split_of(23), 5, 0, 1)
     assert len(plan) == 4
-    seen = np.concatenate([plan.images(batch) for batch in range(len(plan))])
-    assert len(seen) == len(set(seen)) == 20
-    assert len(EpochPlan(20, 5, 32, 0, 1)) == 4 and len(EpochPlan(5, 5, 32, 0, 1)) == 1
+    images = np.concatenate([plan.index(batch) for batch in range(4)])
+    assert len(set(images)) == len(images) == 20
+    assert plan.second.tolist() == plan.order.tolist()  # without positives
 
 
-@pytest.mark.parametrize("batch_size", [0, 24])
-def test_batches_that_cannot_be_filled_are_refused(batch_size):
-    with pytest.raises(ValueError, match="there are 23"):
-        EpochPlan(23, batch_size, 32, 0, 1)
-
-
-def test_views_are_first_views_then_second_views():
+def test_second_views_are_of_the_image_or_its_positive():
     positives = np.roll(np.arange(23), 1)
-    plan = EpochPlan(23, 5, 32, 0, 1, positives)
-    took = []
+    plan = EpochPlan(split_of(23), 5, 0, 1, positives)
+    takes_positive = []
     for batch in range(len(plan)):
-        images, views = plan.images(batch), plan.views(batch)
-        assert views.index[:5].tolist() == images.tolist()
-        for row, image in enumerate(images):
-            for view in (0, 1):
-                place = row + 5 * view
-                assert views.top[place] == plan.top[view, image]
-                assert views.left[place] == plan.left[view, image]
-                assert views.flip[place] == plan.flip[view, image]
-            took.append(views.index[row + 5] == positives[image])
-            assert views.index[row + 5] in (image, positives[image])
-    assert any(took) and not all(took)
+        images = plan.index(batch)
+        crops = plan.crops(batch)
+        drawn_numbers = [*plan.corners, plan.flips]
+        for cut, numbers in zip((crops.top, crops.left, crops.flip), drawn_numbers, strict=True):
+            assert cut.reshape(2, 5).tolist() == numbers[:, plan.places(batch)].tolist()
+        assert crops.row[:5].tolist() == images.tolist()
+        for second, image in zip(crops.row[5:], images, strict=True):
+            assert second in (image, positives[image])
+            takes_positive.append(second == positives[image])
+    assert any(takes_positive) and not all(takes_positive)
 
 
-# ---------------------------------------------------------------- cutting
+def test_a_group_is_an_image_and_its_neighbors():
+    neighbors = np.stack([np.roll(np.arange(30), -1), np.roll(np.arange(30), -2)], 1)
+    plan = EpochPlan(split_of(30), 9, 0, 1, neighbors=neighbors)
+    assert len(plan) == 3
+    groups = plan.order.reshape(-1, 3)
+    assert len(set(groups[:, 0])) == len(groups) == 9
+    assert groups[:, 1:].tolist() == neighbors[groups[:, 0]].tolist()
 
 
-@pytest.mark.parametrize("size, crop", [(256, 224), (64, 56), (32, 28), (96, 84), (9, 7)])
-def test_crop_size(size, crop):
-    assert crop_size(size) == crop
+def test_crops_are_drawn_by_place_so_that_an_image_that_is_twice_in_a_batch_differs():
+    """Each of two images is the neighbor of the rest: it is in nearly every group."""
+    neighbors = np.tile([0, 1], (64, 1))
+    plan = EpochPlan(split_of(64, 256), 30, 0, 1, neighbors=neighbors)
+    crops = plan.crops(0)
+    for image in (0, 1):
+        places = np.flatnonzero(crops.row == image)
+        cuts = {(crops.top[p], crops.left[p], crops.flip[p]) for p in places}
+        assert len(places) >= 20 and len(cuts) > 0.9 * len(places)
 
 
-def test_cut_views_is_a_crop_and_a_flip():
-    images = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
-    rng = np.random.default_rng(1)
-    views = Views(rng.integers(0, 5, 40), rng.integers(0, 5, 40), rng.integers(0, 5, 40), rng.random(40) < 0.5)
-    patches = cut_views(images, views, 16)
+@pytest.mark.parametrize("n_processes", [2, 4])
+def test_shares_of_processes_add_up_to_the_whole_batch(n_processes):
+    positives = np.roll(np.arange(30), 1)
+    whole = EpochPlan(split_of(30), 8, 0, 1, positives)
+    parts = []
+    for rank in range(n_processes):
+        parts.append(EpochPlan(split_of(30), 8, 0, 1, positives, share=(rank, n_processes)))
+        assert len(parts[-1]) == len(whole)
+    for batch in range(len(whole)):
+        index = np.concatenate([part.index(batch) for part in parts])
+        assert index.tolist() == whole.index(batch).tolist()
+        for name in ("row", "top", "left", "flip"):
+            values = [getattr(part.crops(batch), name).reshape(2, -1) for part in parts]
+            joined = np.concatenate(values, axis=1).reshape(-1)
+            assert joined.tolist() == getattr(whole.crops(batch), name).tolist()
+
+
+# ------------------------------------------------------------------------------------ cutting
+
+
+def test_crop_size():
+    assert [crop_size(size) for size in (256, 64, 32, 9)] == [224, 56, 28, 7]
+
+
+def test_a_crop_is_a_square_perhaps_mirrored():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
+    crops = Crops(*rng.integers(0, 5, (3, 40)), rng.random(40) < 0.5)
+    patches = cut_crops(images, crops, 16)
     assert patches.dtype == np.uint8 and patches.shape == (40, 16, 16, 3)
-    for row, patch in enumerate(patches):
-        for y, x in itertools.product((0, 3, 15), (0, 6, 15)):
-            column = views.left[row] + (15 - x if views.flip[row] else x)
-            assert patch[y, x].tolist() == images[views.index[row], views.top[row] + y, column].tolist()
-        expected = images[
-            views.index[row], views.top[row] : views.top[row] + 16, views.left[row] : views.left[row] + 16
-        ]
-        np.testing.assert_array_equal(patch, np.fliplr(expected) if views.flip[row] else expected)
+    for patch, row, top, left, flip in zip(patches, *vars(crops).values(), strict=True):
+        square = images[row, top : top + 16, left : left + 16]
+        np.testing.assert_array_equal(patch, np.fliplr(square) if flip else square)
+    gathered = gather_crops(torch.from_numpy(images), crops, 16)
+    np.testing.assert_array_equal(gathered, patches)
 
 
-@pytest.fixture
-def training(tmp_path):
-    return load_split(write_dataset(tmp_path, size=32), "tiny", "training").images
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(training, workers):
-    plan = EpochPlan(len(training), 5, 32, 7, 2, np.roll(np.arange(24), 1))
-    expected = list(TwoViewLoader(training, plan, 0))
-    actual = list(TwoViewLoader(training, plan, workers))
-    assert len(actual) == len(expected) == len(TwoViewLoader(training, plan)) == 4
-    for (views, images), (other_views, other_images) in zip(actual, expected, strict=True):
-        assert views.shape == (10, 28, 28, 3)
-        np.testing.assert_array_equal(views, other_views)
-        np.testing.assert_array_equal(images, other_images)
-
-
-def test_a_batch_holds_two_views_of_its_images(training):
-    plan = EpochPlan(len(training), 5, 32, 7, 2)
-    for number, (views, images) in enumerate(TwoViewLoader(training, plan, 1)):
-        assert images.tolist() == plan.images(number).tolist()
-        np.testing.assert_array_equal(views, cut_views(training, plan.views(number), 28))
-        for row, image in enumerate(images.tolist()):
-            for view in views[row], views[row + 5]:
-                crops = np.lib.stride_tricks.sliding_window_view(training[image], (28, 28, 3))[:, :, 0]
-                both = np.concatenate([crops, crops[..., ::-1, :]])
-                assert (both == view.numpy()).all((2, 3, 4)).any()  # cut somewhere from this very image
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("first_batch", [0, 3])
+@pytest.mark.parametrize("is_resident", [False, True])
+def test_batches_depend_neither_on_workers_nor_on_the_first_batch(
+    training, workers, first_batch, is_resident
+):
+    plan = EpochPlan(training, 5, 7, 2, np.roll(np.arange(24), 1))
+    images = torch.from_numpy(training.images.copy()) if is_resident else training.images
+    batches = list(two_view_batches(images, plan, workers, first_batch))
+    assert len(batches) == 4 - first_batch
+    for number, (views, index) in enumerate(batches, first_batch):
+        assert views.dtype == torch.uint8 and views.shape == (10, 28, 28, 3)
+        assert index.tolist() == plan.index(number).tolist()
+        expected = cut_crops(training.images, plan.crops(number), 28)
+        np.testing.assert_array_equal(views, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_first_batch_skips(training, workers):
-    plan = EpochPlan(len(training), 5, 32, 7, 2)
-    whole, rest = list(TwoViewLoader(training, plan, 0)), TwoViewLoader(training, plan, workers, first_batch=3)
-    assert len(rest) == 1
-    for (views, images), (other_views, other_images) in zip(rest, whole[3:], strict=True):
-        np.testing.assert_array_equal(views, other_views)
-        np.testing.assert_array_equal(images, other_images)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_may_be_left_early_and_faults_reach_the_caller(training, workers):
-    plan = EpochPlan(len(training), 2, 32, 7, 2)
-    batches = iter(TwoViewLoader(training, plan, workers))
+def test_batches_may_be_left_early_and_faults_reach_the_caller(training, workers):
+    plan = EpochPlan(training, 2, 7, 2)
+    batches = two_view_batches(training.images, plan, workers)
     next(batches)
     batches.close()
-    plan.second = np.full(24, 99)  # no such image
+    plan.rows = np.full(24, 99)  # no such image
     with pytest.raises(IndexError):
-        list(TwoViewLoader(training, plan, workers))
+        list(two_view_batches(training.images, plan, workers))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("batch_size", [1, 7, 24, 100])
-def test_center_crops(training, workers, batch_size):
-    batches = list(center_crops(training, batch_size, workers))
-    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
-    np.testing.assert_array_equal(np.concatenate(batches), training[:, 2:30, 2:30])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_center_crops(training, workers):
+    batches = list(center_crops(training, 7, workers))
+    assert [len(batch) for batch in batches] == [7, 7, 7, 3]
+    np.testing.assert_array_equal(np.concatenate(batches), training.images[:, 2:30, 2:30])
+    for rank in range(2):
+        of_process = center_crops(training, 7, workers, share=(rank, 2))
+        for batch, expected in zip(of_process, batches[rank::2], strict=True):
+            np.testing.assert_array_equal(batch, expected)
 
 
-def test_fortran_order_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    np.save(folder / "training_set_32resized_img.npy", np.asfortranarray(np.zeros((4, 32, 32, 3), np.uint8)))
-    np.save(folder / "training_set_32resized_label.npy", np.arange(4))
-    with pytest.raises(UserError, match="Fortran order"):
-        load_split(tmp_path, "set", "training")
-
-
-def test_resident_views_equal_cut_views() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
-    plan = EpochPlan(20, 5, 32, 1, 1, np.roll(np.arange(20), 1))
-    host = list(TwoViewLoader(images, plan, 1))
-    resident = list(ResidentLoader(torch.from_numpy(images), plan))
-    assert len(host) == len(resident) == 4
-    for (views, index), (gathered, same) in zip(host, resident, strict=True):
-        assert torch.equal(views, gathered)
-        assert torch.equal(index, same)
-
-
-# ---------------------------------------------------------------- the same data
-
-
-def test_fingerprint_sees_every_byte_shape_and_dtype(tmp_path, monkeypatch):
-    """Also at the edges of the blocks that it is computed by."""
-    monkeypatch.setattr("datasets.arrays.HASH_BLOCK", 1000)
-    images, labels = shapes(4, range(1, 3), 16, 0)  # 3072 bytes
-    seen = set()
-    for place in (None, 0, 999, 1000, 2999, 3071):
-        changed = images.copy()
-        if place is not None:
-            changed.reshape(-1)[place] ^= 1
-        write_split(tmp_path, "tiny", "training", changed, labels)
-        found = load_split(tmp_path, "tiny", "training").fingerprint()
-        assert found["images"].startswith("uint8 (4, 16, 16, 3) sha256 ")
-        assert found["labels"].startswith("int64 (4,) sha256 ")
-        seen.add(found["images"])
-    assert len(seen) == 6
-    write_split(tmp_path, "tiny", "training", changed, labels.astype(np.int32))
-    assert load_split(tmp_path, "tiny", "training").fingerprint() == found  # labels count as int64
-    write_split(tmp_path, "tiny", "training", changed, labels + 1)
-    other = load_split(tmp_path, "tiny", "training").fingerprint()
-    assert other["images"] == found["images"] and other["labels"] != found["labels"]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loaders_check_before_and_after_each_batch(training, workers):
-    calls: list[int] = []
-    plan = EpochPlan(len(training), 5, training.shape[1], 0, 1)
-    list(TwoViewLoader(training, plan, workers, check=lambda: calls.append(1)))
-    assert len(calls) == 2 * len(plan)
-    list(center_crops(training, 7, workers, lambda: calls.append(1)))
-    assert len(calls) == 2 * len(plan) + 2 * -(-len(training) // 7)
+def test_images_stay_in_their_file_without_a_gpu(training):
+    cpu = torch.device("cpu")
+    assert images_on(cpu, training.images, "auto") is training.images
+    with pytest.raises(UserError, match="no GPU to hold the images"):
+        images_on(cpu, training.images, "device")

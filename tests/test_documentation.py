@@ -1,4 +1,7 @@
-"""README.md and docs/: their commands run, their options and links exist, their tables are those of misc/results/."""
+"""The pages: their commands run, their options, scripts and links exist, their tables are current.
+
+The pages are README.md and docs/.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,174 +19,176 @@ from scripts import ROOT, run_in_process
 from synthetic import write_dataset
 
 import models.weights
-from models import build_model
-from utils.arguments import BACKBONE_NAMES
+from models import BACKBONES, build_model
+from train import REFUSED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STARTS = ("python ", "torchrun ", "make ", "pip ", "OMP_NUM_THREADS=")
-NOT_RUN = {  # by their beginnings, and what does it instead
-    "make ": "continuous integration runs them",
-    "pip install -r requirements.txt": "make demo runs it",
-    "python pre_process/download.py": "tests/test_download.py, against a server of its own",
-    "python benchmarks/ablation.py": "tests/test_ablation.py: it trains for minutes",
-    "python benchmarks/sensitivity.py": "tests/test_sensitivity.py: it trains for minutes",
-    "python test.py --dataset cub200 --backbone timm:": "tests/test_timm_backbones.py: it downloads weights",
-    "torchrun --nnodes 2": "needs two machines",
-}
-# what makes a command small; the last of two equal options counts
-FEW = ["--device", "cpu", "--batch_size", "8", "--n_cluster", "4"]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+FILES = [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]
+SCRIPTS = {path.relative_to(ROOT).as_posix() for path in FILES}
+COMMAND = re.compile(r"(?:python|torchrun|OMP_NUM_THREADS=\d+) .*?\b([\w/]+\.py)(.*)")
+NOT_RUN = re.compile(
+    r"pre_process/download.py"  # tests/test_download.py runs it, against a server of its own
+    r"|experiments/|benchmarks/"  # run by tests of theirs, since they train and measure
+    r"|timm:"  # downloads weights; see tests/test_timm_backbones.py
+    r"|--nnodes"  # needs several machines
+)
+FAST = re.compile(r"photos|my_set|glyphs")  # commands that need no other commands before them
+# What makes a command of a script small; of two equal options the last counts.
 SMALLER = {
-    "train.py": [*FEW, "--n_epoch", "1", "--overwrite"],
-    "report.py": ["--device", "cpu", "--map_points", "20"],
-    "embed.py": ["--device", "cpu", "--image_size", "40"],
-    "pre_process_glyphs.py": ["--per_class", "2"],
-    "benchmarks/closed_form.py": ["--dims", "8", "--out_dir", ".", "--val_classes", "3"],
-    **{f"pre_process_{name}.py": ["--image_size", "40"] for name in ("cub200", "car196", "sop", "inshop", "folder")},
+    "train.py": ["--n_epoch=1", "--overwrite", "--device=cpu"],
+    "test.py": ["--device=cpu"],
+    "embed.py": ["--device=cpu"],
+    "search.py": ["--device=cpu"],
+    "report.py": ["--device=cpu", "--map_points=20"],
+    "pre_process_glyphs.py": ["--per_class=2", "--workers=1"],
 }
-OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint", "--kills", "--logdir"}
+for name in ("cub200", "car196", "sop", "inshop", "folder"):
+    SMALLER[f"pre_process_{name}.py"] = ["--image_size=40", "--workers=1"]
+SMALLER_OPTIONS = {"--image_size": "40", "--dim": "4", "--val_classes": "3"}
+OF_TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
 
 
-def commands_of(page: Path) -> list[str]:
-    """The command lines in the fenced blocks of a page, without their comments."""
-    found = []
-    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        if not kind:
-            found += [line.partition("  #")[0].strip() for line in block.splitlines() if line.startswith(STARTS)]
-    return found
+def commands() -> list[tuple[str, str, str]]:
+    """Return each command line in the fenced blocks of the pages, its script, and what follows."""
+    lines = []
+    for text in TEXTS.values():
+        for block in re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            lines += [line.partition("  #")[0].strip() for line in block.splitlines()]
+    matches = (COMMAND.match(line) for line in dict.fromkeys(lines))
+    return [(match.group(), *match.groups()) for match in matches if match]
 
 
-def commands() -> list[str]:
-    """Those of all pages in order, each once."""
-    return list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
+@cache
+def options_of(script: str) -> set[str]:
+    """Return the options that the help of a script shows."""
+    outcome = run_in_process(script.removeprefix("pre_process/"), "--help")
+    assert outcome.code == 0, outcome
+    return set(re.findall(r"--[a-z]\w*(?:-\w+)?", outcome.out))
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Iterator[Path]:
-    """A folder as users have it: raw data sets, photos, two runs, weights; scripts run in it."""
+    """Make a folder as users have it: raw data sets, photos, two runs, weights; enter it."""
     folder = tmp_path_factory.mktemp("workplace")
     make_few_birds(folder / "data" / "cub200")
     make_few_cars(folder / "data" / "car196")
     make_sop(folder / "data" / "sop", 6)
     make_inshop(folder / "data" / "inshop", 6)
-    for number in range(12):
-        save_photo(folder / "photos" / f"{number:02d}.jpg", number)
-    save_photo(folder / "some_photo.jpg", 100)
-    save_photo(folder / "more_photos" / "one.jpg", 101)
+    photos = [f"photos/{number:02d}.jpg" for number in range(12)]
+    for number, name in enumerate([*photos, "some_photo.jpg", "more_photos/a.jpg"]):
+        save_photo(folder / name, number)
     (folder / "new_checkpoint").mkdir()
-    (folder / "new_checkpoint" / "CBSwR_glyphs.pth").symlink_to(ROOT / "new_checkpoint" / "CBSwR_glyphs.pth")
+    shipped = "new_checkpoint/CBSwR_glyphs.pth"
+    (folder / shipped).symlink_to(ROOT / shipped)
     torch.manual_seed(0)
     torch.save(build_model("googlenet").base_model.state_dict(), folder / "googlenet.pth")
     hub = folder / "hub" / "hub" / "checkpoints"
     hub.mkdir(parents=True)
     torch.save(build_model("resnet18").base_model.state_dict(), hub / "resnet18-f37072fd.pth")
-    threads, before = torch.get_num_threads(), os.getcwd()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(folder / "hub"))
         patch.setattr(models.weights, "GOOGLENET_FILE", folder / "googlenet.pth")
-        os.chdir(folder)
+        patch.chdir(folder)
         write_dataset(folder / "data", "toy")
         for name in ("demo", "demo_untrained"):
-            run = ["--dataset", "toy", "--backbone", "resnet_small", "--weights", "none", "--model_name", name, *FEW]
-            assert run_in_process("train.py", *run, "--n_epoch", "1").code == 0
+            run_small("train.py", f"--dataset toy --backbone resnet_small --model_name {name}")
         yield folder
-        os.chdir(before)
-    torch.set_num_threads(threads)
 
 
 def make_few_birds(folder: Path) -> None:
-    """The official lists of CUB with three images of 14 training and 5 test classes."""
-    listed = [(f"{label:03d}.Bird/{n}.jpg", label) for label in (*range(1, 15), *range(101, 106)) for n in range(3)]
-    for number, (name, _) in enumerate(listed):
+    """Make the official lists of CUB with three images of 14 training and 5 test classes."""
+    labels = [label for label in (*range(1, 15), *range(101, 106)) for _ in range(3)]
+    names = [f"{label:03d}.Bird/{number}.jpg" for number, label in enumerate(labels)]
+    for number, name in enumerate(names):
         save_photo(folder / "images" / name, number)
-    (folder / "images.txt").write_text("".join(f"{i} {name}\n" for i, (name, _) in enumerate(listed, 1)))
-    (folder / "image_class_labels.txt").write_text("".join(f"{i} {c}\n" for i, (_, c) in enumerate(listed, 1)))
+    for file, values in (("images.txt", names), ("image_class_labels.txt", labels)):
+        lines = [f"{number} {value}\n" for number, value in enumerate(values, 1)]
+        (folder / file).write_text("".join(lines))
 
 
 def make_few_cars(folder: Path) -> None:
-    """The official layout of Cars196 with three images of 8 training and 4 test classes."""
-    classes = (*range(1, 9), *range(99, 103))
-    rows = [(f"car_ims/{n:06d}.jpg", label) for n, label in enumerate(classes * 3, 1)]
+    """Make the official layout of Cars196 with three images of 8 training and 4 test classes."""
+    classes = (*range(1, 9), *range(99, 103)) * 3
+    rows = [(f"car_ims/{number:06d}.jpg", label) for number, label in enumerate(classes, 1)]
     for number, (name, _) in enumerate(rows):
         save_photo(folder / name, number)
-    save_annotations(folder / "cars_annos.mat", [(name, label) for name, label in rows], ("relative_im_path", "class"))
+    save_annotations(folder / "cars_annos.mat", rows, ("relative_im_path", "class"))
 
 
-def test_every_command_of_the_pages_runs(workplace):
-    """In the order of the pages, as written but for what SMALLER adds."""
-    done = 0
-    for command in commands():
-        if command.startswith(tuple(NOT_RUN)):
-            continue
-        words = shlex.split(command)
-        script = words[next(place for place, word in enumerate(words) if word.endswith(".py"))]
-        argv = words[words.index(script) + 1 :]
-        script = script.removeprefix("pre_process/")
-        assert words[0] == "python" or script in ("train.py", "test.py"), command
-        added = list(SMALLER.get(script, ["--device", "cpu"] if script in ("test.py", "search.py") else []))
-        if "--resume" in argv:
-            added = ["--device", "cpu", "--n_epoch", "2"]
-        elif "--recipe" in argv:
-            added += ["--low_dim", "8", *(["--image_size", "40"] if "--image_size" in argv else [])]
-        if script == "train.py" and "--val_classes" in argv:
-            added += ["--val_classes", "3"]
-        if "--dim" in argv:
-            added += ["--dim", "4"]
-        if script == "embed.py" and "--checkpoint_path" in argv:
-            added = ["--device", "cpu"]
-        outcome = run_in_process(script, *argv, *added, seconds=120)
-        assert outcome.code == 0, (command, outcome)
-        done += 1
-    assert done > 25
-    assert (workplace / "new_checkpoint" / "CBSwR_CUB200" / "report.html").stat().st_size > 10_000
-    assert (workplace / "hits.png").is_file() and (workplace / "comparison.html").is_file()
+def run_small(script: str, words: str) -> None:
+    """Run a command in small, in this process, without torchrun; it must end well."""
+    name = Path(script).name
+    argv = [*shlex.split(words), *SMALLER[name]]
+    if "--resume" in argv:
+        argv.remove("--overwrite")
+        argv.append("--n_epoch=2")
+    if "resnet_small" in argv:
+        argv.append("--weights=none")
+    if "--images" in argv and "--backbone" in argv:
+        argv.append("--image_size=40")
+    argv += [f"{option}={value}" for option, value in SMALLER_OPTIONS.items() if option in argv]
+    outcome = run_in_process(name, *argv, seconds=120)
+    assert outcome.code == 0, (script, words, outcome)
 
 
-def test_what_is_not_run_is_there():
-    for beginning in NOT_RUN:
-        assert any(command.startswith(beginning) for command in commands()), beginning
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_every_command_of_the_pages_runs(workplace, fast):
+    """The commands run in the order of the pages, as written but for what makes them small."""
+    for line, script, words in commands():
+        if not NOT_RUN.search(line) and bool(FAST.search(line)) == fast:
+            run_small(script, words)
+    made = ("photos.npy", "hits.png", "learned.csv")
+    if not fast:
+        made = ("new_checkpoint/CBSwR_CUB200/report.html", "comparison.html")
+    for name in made:
+        assert os.path.getsize(name) > 500
 
 
-def test_options_and_scripts_that_are_named_exist():
-    scripts = {path.relative_to(ROOT).as_posix() for place in (".", "pre_process", "benchmarks", "misc", "tests")
-               for path in (ROOT / place).glob("*.py")}  # fmt: skip
-    known = set(OF_OTHERS)
-    for name in scripts:
-        known |= set(re.findall(r'"(--\w+)"', (ROOT / name).read_text(encoding="utf-8")))
-    known |= set(re.findall(r'"(--\w+)"', (ROOT / "utils" / "arguments.py").read_text(encoding="utf-8")))
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for option in re.findall(r"(?<![\w-])--(?:no-)?[a-z]\w+", text):
-            option = option.replace("--no-", "--")
-            assert option in known | {"--norm", "--cl", "--batch_m"}, (page.name, option)  # gone, and said to be
-        for script in re.findall(r"\bpython ([\w/]+\.py)", text):
-            assert script in scripts or script.startswith("my_"), (page.name, script)
-    readme = PAGES[0].read_text(encoding="utf-8")
-    assert [name for name in BACKBONE_NAMES if f"`{name}`" not in readme] == []
+def test_options_of_all_commands_exist():
+    for line, script, words in commands():
+        assert script in SCRIPTS, line
+        of_script, _, of_train = words.partition(" -- ")
+        for part, reader in ((of_script, script), (of_train, "train.py")):
+            assert set(re.findall(r"--[a-z]\w*", part)) <= options_of(reader), line
 
 
-def test_links_lead_somewhere():
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            if "://" in target:
-                continue
-            name, _, anchor = target.partition("#")
-            linked = (page.parent / name).resolve() if name else page
-            assert linked.exists(), (page.name, target)
-            if anchor:
-                titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
-                assert anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_and_scripts_that_are_named_exist(page):
+    for script in re.findall(r"\b(?:python|pytest) ([\w/]+\.py)", TEXTS[page]):
+        assert script in SCRIPTS or script.startswith("my_")
+    options = OF_TORCHRUN.union({"--kills"}, REFUSED)
+    options.update(re.findall(r'"(--\w+)"', TEXTS[page]))  # which an example declares
+    for script in SCRIPTS:
+        if (ROOT / script).read_text(encoding="utf-8").endswith("    run_script(main)\n"):
+            options |= options_of(script)
+    named = re.findall(r"(?<![\w-])--[a-z]\w*(?:-[a-z]\w+)?", TEXTS[page])
+    assert set(named) <= options
 
 
-def test_tables_are_those_of_the_results():
+def test_backbones_and_recipes_are_in_the_readme():
+    recipes = [path.stem for path in (ROOT / "recipes").glob("*.json")]
+    missing = [name for name in (*BACKBONES, *recipes) if f"`{name}`" not in TEXTS[PAGES[0]]]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert "://" in target or linked.exists(), target
+        if anchor and "://" not in target:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results(page):
     """A block between <!-- misc/results/NAME --> and <!-- / --> holds lines of that file alone."""
-    blocks = 0
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for name, block in re.findall(r"<!-- (misc/results/\S+) -->\n(.*?)<!-- / -->", text, re.DOTALL):
-            lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-            missing = [line for line in block.splitlines() if line and line not in lines]
-            assert missing == [], (page.name, name)
-            blocks += 1
-    assert blocks >= 2
+    blocks = re.findall(r"<!-- (misc/results/\S+) -->\n(.*?)<!-- / -->", TEXTS[page], re.DOTALL)
+    for name, block in blocks:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert [line for line in block.splitlines() if line and line not in lines] == []

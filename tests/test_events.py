@@ -1,74 +1,77 @@
-"""--tensorboard: what TensorBoard shows is what metrics.jsonl says, after kills and resumes too."""
+"""Event files: TensorBoard's own reader finds in them what metrics.jsonl says."""
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import failed
 from synthetic import write_dataset
-from training import execute, options
 
-import train as script
-from utils.runs import EVENTS, scalars
+import train
+from utils.errors import UserError
+from utils.events import EventFile
+from utils.runs import EVENTS, METRICS, scalars
 
-pytest.importorskip("tensorboard", reason="needs tensorboard (requirements-dev.txt)")
+accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 pytestmark = pytest.mark.usefixtures("one_thread")
+Points = dict[str, list[tuple[int, float]]]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
-
-
-def shown(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every point that TensorBoard's own reader finds in the folder."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    reader = EventAccumulator(str(run), size_guidance={"scalars": 0})
+def read_events(run: Path) -> Points:
+    reader = accumulator.EventAccumulator(str(run), size_guidance={"scalars": 0})
     reader.Reload()
-    return {tag: [(point.step, point.value) for point in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+    return {tag: [(p.step, p.value) for p in reader.Scalars(tag)] for tag in reader.scalars.Keys()}
 
 
-def said(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every number of metrics.jsonl, as float32."""
-    points = {}
-    for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+def points_of(rows: list[dict]) -> Points:
+    points: Points = {}
+    for row in rows:
         for name, value in scalars(row).items():
             points.setdefault(name, []).append((row["epoch"], float(np.float32(value))))
     return points
 
 
-def test_the_points_are_the_metrics_after_kills_and_resumes(data, tmp_path, forks, monkeypatch):
+def row_of(epoch: int, loss: float) -> dict:
+    return {"epoch": epoch, "loss": loss, "best": True, "seconds": {"train": 2.5}, "nmi": "text"}
+
+
+def test_scalars_are_the_finite_numbers():
+    row = row_of(3, 0.25) | {"rate": float("nan"), "sizes": [1, 2]}
+    assert scalars(row) == {"loss": 0.25, "seconds/train": 2.5}
+
+
+def test_what_a_killed_run_wrote_beyond_its_checkpoint_is_hidden(tmp_path):
+    events = EventFile(tmp_path, epochs_done=0)
+    for epoch in (1, 2, 3):
+        events.add(row_of(epoch, loss=10 + epoch))
+    resumed = EventFile(tmp_path, epochs_done=1)
+    rows = [row_of(1, loss=11), row_of(2, loss=22), row_of(3, loss=23)]
+    for row in rows[1:]:
+        resumed.add(row)
+    assert read_events(tmp_path) == points_of(rows)
+
+
+def test_the_events_of_a_run_are_its_metrics(tmp_path):
+    options = {"data_dir": write_dataset(tmp_path / "data"), "dataset": "tiny", "device": "cpu"}
+    options |= {"backbone": "resnet_small", "weights": "none", "batch_size": 8, "n_cluster": 4}
+    options |= {"checkpoint_dir": tmp_path, "model_name": "run", "n_epoch": 1}
+    command = [f"--{name}={value}" for name, value in options.items()]
+    assert train.main([*command, "--tensorboard"]) == 0
     run = tmp_path / "run"
-    argv = options(data, tmp_path, n_epoch=2)
-    # killed when the checkpoint of epoch 2 is there and its point is not, then while the file is made anew
-    before = "import os, utils.events as e; add = e.EventFile.add; calls = []\n"
-    kill = "e.EventFile.add = lambda *a: (calls.append(1), os.kill(os.getpid(), 9) if len(calls) == {} else add(*a))\n"
-    assert forks.run(*argv, "--tensorboard", before=before + kill.format(2)).code == -signal.SIGKILL
-    assert len(shown(run)["loss"]) == 1 and len(said(run)["loss"]) == 2
-    resume = ("--resume", run, f"--data_dir={data}")
-    assert forks.run(*resume, before=before + kill.format(1)).code == -signal.SIGKILL
-    assert forks.run(*resume, "--n_epoch", 4).code == 0
-    assert shown(run) == said(run) and [step for step, _ in shown(run)["recall@1"]] == [1, 2, 3, 4]
-    assert {"seconds/train", "images_per_second", "nmi", "rim_loss"} <= shown(run).keys()
-    assert len(list(run.glob(EVENTS))) == 1
-    assert execute(*options(data, tmp_path, n_epoch=1), "--overwrite").code == 0
+    assert train.main([f"--resume={run}", "--n_epoch=2", f"--data_dir={tmp_path / 'data'}"]) == 0
+    rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    points = read_events(run)
+    assert points == points_of(rows)
+    assert {"seconds/train", "images_per_second", "nmi", "rim_loss"} <= points.keys()
+    assert train.main([*command, "--overwrite"]) == 0
     assert list(run.glob(EVENTS)) == []  # they would tell of another run
 
 
-def test_of_many_processes_the_first_writes(data, tmp_path, forks):
-    done = forks.run(*options(data, tmp_path), "--tensorboard", processes=2)
-    assert done.code == 0, done.err
-    assert len(list((tmp_path / "run").glob("events*"))) == 1 and shown(tmp_path / "run") == said(tmp_path / "run")
-
-
-def test_a_missing_package_is_told_before_training(data, tmp_path, monkeypatch):
+def test_a_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.setattr(script, "train", None)  # would raise
-    failed(execute(*options(data, tmp_path), "--tensorboard"), "pip install tensorboard")
-    assert not (tmp_path / "run").exists()
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        EventFile(tmp_path, 0)

@@ -1,133 +1,129 @@
-"""A run that is stopped or killed anywhere goes on to the very numbers of one that was not."""
+"""A run that is stopped or killed anywhere goes on to the numbers of one that was not.
+
+tests/test_golden_runs.py stops every recipe in the middle of an epoch.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from forks import ROOT
 from scripts import failed
 from synthetic import write_dataset
-from training import execute, options, outcome, same_weights, trained
+from training import (
+    Run,
+    assert_same,
+    before_call,
+    execute,
+    options,
+    resumed,
+    same_weights,
+    stopped,
+    trained,
+)
 
-import train as script
-from utils.runs import RunFolder
+import train
+from methods.cbswr import CBSwRMethod
+from models import build_model
+from utils.runs import RunFolder, State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SETTINGS = {"n_epoch": 3, "batch_size": 4, "positives": "nn", "pseudo_labels": "kmeans", "kmeans_engine": "torch"}
+SETTINGS = {"recipe": "kmeans", "n_epoch": 2, "batch_size": 4, "positives": "nn", "n_cluster": 4}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory) -> SimpleNamespace:
-    """Three epochs of six steps."""
+def undisturbed(data, tmp_path_factory) -> Run:
+    """Two epochs of six steps."""
     return trained(data, tmp_path_factory.mktemp("undisturbed"), **SETTINGS)
 
 
-def assert_same(one: SimpleNamespace, other: SimpleNamespace) -> None:
-    assert one.rows == other.rows and len(one.rows) == 3
-    assert same_weights(one, other)
-    assert torch.equal(one.saved["pseudo_labels"], other.saved["pseudo_labels"])
-    assert torch.equal(one.saved["rng"]["cpu"], other.saved["rng"]["cpu"])
-    best = [torch.load(run.run / "best.pth") for run in (one, other)]
-    assert best[0]["epoch"] == best[1]["epoch"]
-    assert same_weights(SimpleNamespace(saved=best[0]), SimpleNamespace(saved=best[1]))
+@pytest.fixture
+def run(undisturbed, tmp_path) -> Path:
+    """A copy of the undisturbed run's folder."""
+    return Path(shutil.copytree(undisturbed.run, tmp_path / "run"))
 
 
-def at_call(monkeypatch, name: str, when: int, action) -> list[int]:
-    """Do `action` before the `when`-th call of train.py's function `name`; the list grows with every call."""
-    calls, function = [], getattr(script, name)
-
-    def counted(*args):
-        calls.append(len(calls) + 1)
-        if len(calls) == when:
-            action()
-        return function(*args)
-
-    monkeypatch.setattr(script, name, counted)
-    return calls
+def change_checkpoint(run: Path, change: Callable[[dict], object]) -> None:
+    """Write last.pth anew after a change."""
+    saved = torch.load(run / "last.pth")
+    change(saved)
+    torch.save(saved, run / "last.pth")
 
 
 # ---------------------------------------------------------------- stopped
 
 
-@pytest.mark.parametrize("function, call, number, where, left", [
-    ("train_step", 3, signal.SIGINT, "after epoch 0, step 3 of epoch 1", (15, 2, 3)),
-    ("evaluate", 2, signal.SIGINT, "after epoch 1, step 6 of epoch 2", (6, 1, 2)),
-    ("pseudo_label_images", 2, signal.SIGTERM, "after epoch 1;", (12, 2, 2)),
-    ("pseudo_label_images", 1, signal.SIGHUP, "after epoch 0;", (18, 3, 3)),
-    ("print_epoch", 1, signal.SIGINT, "after epoch 1;", (12, 2, 2)),
-])  # fmt: skip
-def test_stopped_and_resumed(data, tmp_path, monkeypatch, undisturbed, function, call, number, where, left):
-    with monkeypatch.context() as patch:
-        at_call(patch, function, call, lambda: os.kill(os.getpid(), number))
-        result = execute(*options(data, tmp_path, **SETTINGS))
+@pytest.mark.parametrize(
+    "owner, name, call, number, place",
+    [
+        (State, "end_step", 6, signal.SIGTERM, (0, 6)),
+        (train, "score", 2, signal.SIGINT, (1, 6)),
+        (CBSwRMethod, "begin_epoch", 2, signal.SIGTERM, (1, 0)),
+        (CBSwRMethod, "begin_epoch", 1, signal.SIGHUP, (0, 0)),
+        (train, "log_epoch", 1, signal.SIGINT, (1, 0)),
+    ],
+)
+def test_stopped_and_resumed(data, tmp_path, undisturbed, owner, name, call, number, place):
     run = tmp_path / "run"
-    assert result.code == 128 + number
-    assert (
-        f"stopped by {number.name} {where.rstrip(';')}; all is saved, continue with: python train.py --resume {run}\n"
-        in result.out
-    )
-    calls = [at_call(monkeypatch, name, 0, None) for name in ("train_step", "pseudo_label_images", "evaluate")]
-    resumed = execute("--resume", run)
-    assert (resumed.code, resumed.err) == (0, "")
-    assert f"continuing {where.rstrip(';')}\n" in resumed.out
-    assert tuple(map(len, calls)) == left  # nothing is done twice
-    assert_same(outcome(run), undisturbed)
+    with before_call(owner, name, call, lambda: signal.raise_signal(number)) as calls:
+        result = execute(*options(data, tmp_path, **SETTINGS))
+        assert result.code == 128 + number
+        message = f"stopped by {number.name}; continue with: python train.py --resume {run}\n"
+        assert message in result.out
+        saved = Run(run).saved
+        assert (saved["epoch"], saved["state"]["step"]) == place
+        assert_same(resumed(run), undisturbed)
+    # features and scores are computed anew, as the signal cut them short
+    assert len(calls) == {"end_step": 12, "log_epoch": 2}.get(name, 2 + 1)
     log = (run / "run.log").read_text()
-    assert [log.count(f"epoch {epoch:>3}  ") for epoch in (1, 2, 3)] == [1, 1, 1]
+    assert [log.count(f"epoch {epoch:>3}  ") for epoch in (1, 2)] == [1, 1]
 
 
-def test_stopped_several_times_in_one_epoch(data, tmp_path, monkeypatch):
-    """Losses and pseudo-labels of the cluster head; each part of the epoch in its own go."""
-    settings = {"n_epoch": 1, "batch_size": 4, "positives": "self"}
-    whole = trained(data, tmp_path / "whole", **settings)
-    argv = options(data, tmp_path, **settings)
-    for _ in range(3):
-        with monkeypatch.context() as patch:
-            at_call(patch, "train_step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            assert execute(*argv).code == 143
-        argv = ["--resume", tmp_path / "run" / "last.pth"]
-        torch.manual_seed(5)  # what happened in between does not matter
-    assert outcome(tmp_path / "run").saved["current"]["step"] == 6
-    assert execute(*argv).code == 0
-    assert same_weights(outcome(tmp_path / "run"), whole) and outcome(tmp_path / "run").rows == whole.rows
+def test_stopped_several_times(data, tmp_path, undisturbed):
+    run = stopped(data, tmp_path, 2, **SETTINGS)
+    for _ in range(2):
+        with before_call(State, "end_step", 4, lambda: signal.raise_signal(signal.SIGTERM)):
+            assert execute("--resume", run).code == 143
+        torch.manual_seed(99)  # what happens in between does not matter
+    assert Run(run).saved["state"]["step"] == 4
+    assert_same(resumed(run), undisturbed)
 
 
-def test_checkpoint_every_steps(data, tmp_path, monkeypatch, undisturbed):
-    steps = at_call(monkeypatch, "train_step", 11, lambda: pytest.fail("a fault in step 5 of epoch 2"))
-    with pytest.raises(pytest.fail.Exception):
+def test_checkpoint_every_steps(data, tmp_path, undisturbed):
+    with (
+        pytest.raises(ZeroDivisionError),
+        before_call(State, "end_step", 11, lambda: 1 / 0),
+    ):
         trained(data, tmp_path, checkpoint_every_steps=2, **SETTINGS)
     saved = torch.load(tmp_path / "run" / "last.pth")
-    assert (saved["epoch"], saved["current"]["step"]) == (1, 4)
-    assert script.main(["--resume", str(tmp_path / "run")]) == 0
-    assert len(steps) == 11 + 8
-    assert_same(outcome(tmp_path / "run"), undisturbed)
+    assert (saved["epoch"], saved["state"]["step"]) == (1, 4)
+    assert_same(resumed(tmp_path / "run"), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(data, tmp_path, forks):
-    """The step of a minute under way is not waited for; the checkpoint before it stands."""
-    slow = (
-        "step, calls = train.train_step, []\n"
-        "train.train_step = lambda *a: (calls.append(1), len(calls) == 3 and __import__('time').sleep(60)) and step(*a)"
-    )
-    pid = forks.start(*options(data, tmp_path, checkpoint_every_steps=1, **SETTINGS), before=slow)
-    wait_for(lambda: saved_step(tmp_path / "run") == 2)
-    time.sleep(0.2)
+    """It does not wait for the step of a minute that is under way."""
+    sleep = """
+import time
+from utils.runs import State
+end_step = State.end_step
+def slow(self, *args):
+    if self.step == 2:
+        time.sleep(60)
+    return end_step(self, *args)
+State.end_step = slow
+"""
+    pid = forks.start(*options(data, tmp_path, checkpoint_every_steps=1, **SETTINGS), before=sleep)
+    last = tmp_path / "run" / "last.pth"
+    wait_for(lambda: last.exists() and torch.load(last)["state"]["step"] == 2)
     started = time.monotonic()
     os.kill(pid, signal.SIGTERM)
     wait_for(lambda: "a second signal stops at once" in (forks.folder / "err").read_text())
@@ -135,159 +131,153 @@ def test_a_second_signal_stops_at_once(data, tmp_path, forks):
     result = forks.finish()
     assert time.monotonic() - started < 10
     assert result.code == 130
-    assert result.err.splitlines()[1:] == ["train.py: stopped at once by a second signal; the last checkpoint is whole"]
-    assert saved_step(tmp_path / "run") == 2
+    (line,) = result.err.splitlines()[1:]
+    assert line.startswith("train.py: stopped at once by a second signal")
+    assert torch.load(last)["state"]["step"] == 2
 
 
-def saved_step(run: Path) -> int | None:
-    return torch.load(run / "last.pth")["current"]["step"] if (run / "last.pth").exists() else None
-
-
-def wait_for(holds) -> None:
+def wait_for(holds: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
     end = time.monotonic() + 30
     while not holds():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("name, module", [("test.py", "utils.arguments"), ("train.py", "torch.nn")])
-def test_ctrl_c_in_the_imports_is_one_line(tmp_path, name, module):
-    code = (
-        "import runpy, signal, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Finder())\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    argv = [str(ROOT / name), *(["--checkpoint_path", "none.pth"] if name == "test.py" else [])]
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{name}: interrupted before it began\n")
-
-
 # ---------------------------------------------------------------- killed
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(data, tmp_path, forks, undisturbed, request):
-    """Every kill falls somewhere between a run's first instant and its end; after each, what lies there is whole."""
-    kills = request.config.getoption("--kills")
-    argv, rng, survived, ended = options(data, tmp_path, checkpoint_every_steps=1, **SETTINGS), random.Random(), 0, 0
-    duration = 0.5 + sum(row["seconds"]["epoch"] for row in undisturbed.full_rows)  # with the set-up, about
+    """What lies there after a kill is whole, and the run goes on from it."""
+    n_kills = request.config.getoption("--kills")
+    rng = random.Random()
+    start = options(data, tmp_path, checkpoint_every_steps=1, **SETTINGS)
+    argv = start
+    duration = 0.5 + sum(sum(row["seconds"].values()) for row in undisturbed.full_rows)
     run = tmp_path / "run"
-    while survived < kills or not ended:
-        delay = rng.uniform(0, duration) if survived < kills else None
+    n_survived = 0
+    n_ended = 0
+    while n_survived < n_kills or not n_ended:
+        delay = rng.uniform(0, duration) if n_survived < n_kills else None
         result = forks.run(*argv, kill_after=delay)
-        assert result.err == "" and result.code in (0, -signal.SIGKILL), (delay, result)
+        assert result.err == ""
         if result.code == 0:
-            assert_same(outcome(run), undisturbed)
-            ended += 1
+            assert_same(Run(run), undisturbed)
+            n_ended += 1
             shutil.rmtree(run)
-            argv = options(data, tmp_path, checkpoint_every_steps=1, **SETTINGS)
+            argv = start
         else:
-            survived += 1
-            assert_whole(run, undisturbed)
-            if (run / "config.json").exists():
-                argv = ["--resume", run]
-    print(f"{survived} kills survived, {ended} runs ended with the numbers of the undisturbed one")
+            assert result.code == -signal.SIGKILL, (delay, result)
+            n_survived += 1
+            argv = ["--resume", run] if (run / "config.json").exists() else start
+            if (run / "last.pth").exists():
+                rows = Run(run).rows
+                assert rows == undisturbed.rows[: len(rows)]
 
 
-def assert_whole(run: Path, undisturbed: SimpleNamespace) -> None:
-    """Each file of a killed run is absent or whole, and says what the undisturbed run says."""
-    if (run / "metrics.jsonl").exists():
-        text = (run / "metrics.jsonl").read_text()
-        rows = [json.loads(line) for line in text.splitlines()]
-        assert text == "" or text.endswith("\n")
-        assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
-        assert [row["loss"] for row in rows] == [row["loss"] for row in undisturbed.rows[: len(rows)]]
-    if (run / "config.json").exists():
-        assert json.loads((run / "config.json").read_text())["seed"] == 3
-    for name in ("last.pth", "best.pth"):
-        if (run / name).exists():
-            assert torch.load(run / name)["epoch"] <= 3
-    if (run / "run.log").exists():
-        log = (run / "run.log").read_text()
-        assert max(log.count(f"epoch {epoch:>3}  ") for epoch in (1, 2, 3)) <= 1
-
-
-# ---------------------------------------------------------------- what --resume takes
-
-
-def test_a_run_without_a_checkpoint_begins_anew(data, tmp_path, undisturbed):
-    (tmp_path / "run").mkdir()
-    shutil.copyfile(undisturbed.run / "config.json", tmp_path / "run" / "config.json")
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    (tmp_path / "run" / ".last.pth.123.part").write_bytes(b"left by a killed process")
-    result = execute("--resume", tmp_path / "run")
-    assert result.code == 0 and "continuing after epoch 0\n" in result.out
-    assert_same(outcome(tmp_path / "run"), undisturbed)
-    assert not list((tmp_path / "run").glob(".*"))
-
-
-def test_an_earlier_checkpoint(data, tmp_path, monkeypatch):
-    epochs = {"n_epoch": 2, "batch_size": 8}
-    monkeypatch.setattr(script, "evaluate", lambda *_: scores(0.5))  # the first epoch stays the best
-    done = trained(data, tmp_path, **epochs)
-    before = (done.run / "last.pth").read_bytes()
-    failed(execute("--resume", done.run / "best.pth"), f"{done.run / 'last.pth'} is there, and would be lost")
-    assert (done.run / "last.pth").read_bytes() == before
-    (done.run / "last.pth").unlink()
-    failed(execute("--resume", done.run), f"no such file; continue from the best epoch with --resume {done.run}/best")
-    result = execute("--resume", done.run / "best.pth")
-    assert result.code == 0 and "continuing after epoch 1\n" in result.out
-    again = outcome(done.run)
-    assert same_weights(again, done) and again.rows == done.rows
-
-
-def scores(recall: float) -> dict:
-    return {f"recall@{k}": recall for k in (1, 2, 4, 8)} | {"nmi": 0.5, "nmi_protocol": "none"}
-
-
-def test_the_rate_may_change(data, tmp_path, undisturbed):
-    trained(data, tmp_path, **{**SETTINGS, "n_epoch": 2})
-    assert script.main(["--resume", str(tmp_path / "run"), "--n_epoch=3", "--lr=0.01"]) == 0
-    changed = outcome(tmp_path / "run")
-    assert [row["lr"] for row in changed.rows] == [0.05, 0.05, 0.01]
-    assert changed.rows[:2] == undisturbed.rows[:2] and changed.rows[2]["loss"] != undisturbed.rows[2]["loss"]
-    assert changed.saved["optimizer"]["param_groups"][0]["lr"] == changed.saved["config"]["lr"] == 0.01
-
-
-def test_one_process_a_folder(data, tmp_path):
-    done = trained(data, tmp_path)
-    other = RunFolder(done.run)
-    other.lock()
-    failed(execute("--resume", done.run, "--n_epoch=2"), f"{done.run}: another process is training in this folder")
-    failed(execute(*options(data, tmp_path), "--overwrite"), "another process is training in this folder")
-    assert outcome(done.run).rows == done.rows
-    other.close()
-    assert execute("--resume", done.run, "--n_epoch=2").code == 0
-
-
-def test_a_finished_epoch_costs_nothing_again(data, tmp_path, monkeypatch):
-    """Killed between best.pth and last.pth: the epoch is made again, to the same files."""
+def test_killed_between_its_two_checkpoints(data, tmp_path, monkeypatch):
+    """best.pth is there, last.pth is not yet: its copy is."""
     whole = trained(data, tmp_path / "whole", n_epoch=2)
-    with monkeypatch.context() as patch:
-        patch.setattr("utils.runs._link", lambda *_: pytest.fail("killed here"))
-        with pytest.raises(pytest.fail.Exception):
-            trained(data, tmp_path, n_epoch=2)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("utils.runs._link", lambda *_: 1 / 0)
+        trained(data, tmp_path, n_epoch=2)
     run = tmp_path / "run"
-    assert {path.name for path in run.iterdir()} == {"best.pth", "config.json", "metrics.jsonl", "run.log"}
-    assert script.main(["--resume", str(run / "best.pth")]) == 0
-    assert same_weights(outcome(run), whole) and outcome(run).rows == whole.rows
+    failed(execute("--resume", run), "last.pth: no such file; copy best.pth there to go on from it")
+    shutil.copyfile(run / "best.pth", run / "last.pth")
+    assert_same(resumed(run), whole)
 
 
-# ---------------------------------------------------------------- the same bits
+# ---------------------------------------------------------------- what is resumed
 
 
+def test_a_run_without_a_checkpoint_begins_anew(run, undisturbed):
+    for name in ("last.pth", "best.pth"):
+        (run / name).unlink()
+    (run / ".last.pth.123.part").write_bytes(b"of a process that was killed")
+    assert_same(resumed(run), undisturbed)
+    assert not list(run.glob(".*"))
+
+
+def test_a_finished_run_stays_as_it_is(run, undisturbed):
+    (run / "metrics.jsonl").unlink()  # as if killed just before it was written
+    for words in ([], ["--n_epoch=1"]):
+        assert resumed(run, *words).full_rows == undisturbed.full_rows
+        assert (run / "last.pth").read_bytes() == (undisturbed.run / "last.pth").read_bytes()
+
+
+def test_a_moved_run_gets_more_epochs(data, tmp_path, run):
+    moved = tmp_path / "elsewhere" / "other"
+    moved.parent.mkdir()
+    run.rename(moved)
+    again = resumed(moved, "--n_epoch=3", "--workers=1", "--batch_size=4")
+    whole = trained(data, tmp_path / "whole", **SETTINGS | {"n_epoch": 3})
+    assert again.rows == whole.rows
+    assert same_weights(again, whole)
+    assert not run.exists()
+
+
+def test_one_process_a_folder(data, run):
+    with RunFolder(run) as holder:
+        holder.lock()
+        message = f"{run}: another process is training in this folder"
+        failed(execute("--resume", run, "--n_epoch=3"), message)
+        failed(execute(*options(data, run.parent), "--overwrite"), message)
+    assert execute("--resume", run, "--n_epoch=3").code == 0
+
+
+@pytest.mark.slow
 def test_deterministic(data, tmp_path, forks, undisturbed):
-    """In a process of its own, for the switch is the whole process's."""
-    after = (
-        "import os, torch\n"
-        "save = train.save\n"
-        "train.save = lambda *a: (save(*a), print('SWITCHED', torch.are_deterministic_algorithms_enabled(), "
-        "torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, os.environ['CUBLAS_WORKSPACE_CONFIG']))"
-    )
-    result = forks.run(*options(data, tmp_path, **SETTINGS), "--deterministic", before=after)
-    assert result.code == 0 and "SWITCHED True True False :4096:8" in result.out
-    assert_same(outcome(tmp_path / "run"), undisturbed)  # a CPU computes the same bits anyway
+    """In a process of its own: the switch is the whole process's."""
+    tell = """
+import os, torch
+def tell(*_):
+    print("SWITCHED", torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+train.log_summary = tell
+"""
+    argv = options(data, tmp_path, **SETTINGS)
+    assert "SWITCHED True False" in forks.run(*argv, "--deterministic", before=tell).out
+    assert_same(Run(tmp_path / "run"), undisturbed)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("half", ["training", "validation"])
+@pytest.mark.parametrize("kind", ["img", "label"])
+def test_other_data_are_not_resumed(tmp_path, run, half, kind):
+    data = write_dataset(tmp_path / "data")
+    assert execute("--resume", run, f"--data_dir={data}").code == 0
+    path = data / "tiny" / f"{half}_tiny_32resized_{kind}.npy"
+    np.save(path, np.roll(np.load(path), 1))
+    before = (run / "last.pth").read_bytes()
+    result = execute("--resume", run, f"--data_dir={data}")
+    failed(result, f"{run}/last.pth: the {half} half is not the one that the run began with")
+    assert (run / "last.pth").read_bytes() == before
+
+
+def test_a_run_of_an_earlier_version_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"metric_loss": "center", "backbone": "resnet_small"}')
+    words = "an earlier version made it; it can be tested only"
+    failed(execute("--resume", tmp_path), f"resume {tmp_path}: {words}")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda run: (run / "config.json").unlink(), "no run lies there"),
+        (lambda run: os.truncate(run / "config.json", 99), "config.json: not valid JSON"),
+        (lambda run: os.truncate(run / "last.pth", 50_000), "last.pth: not a file of torch.save"),
+        (lambda run: change_checkpoint(run, lambda c: c.pop("optimizer")), "does not fit"),
+        (lambda run: change_checkpoint(run, lambda c: c["method"].popitem()), "does not fit"),
+        (
+            lambda run: change_checkpoint(
+                run, lambda c: c.update(model=build_model("resnet_small", 5, 16).state_dict())
+            ),
+            "does not fit the options of its run (Error(s) in loading state_dict",
+        ),
+    ],
+)
+def test_a_damaged_run_is_refused(run, spoil, words):
+    spoil(run)
+    failed(execute("--resume", run), words, run)

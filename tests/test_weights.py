@@ -1,4 +1,4 @@
-"""Pretrained backbone weights from every kind of file, and what is said of files that do not fit."""
+"""Pretrained weights from every kind of file, and what is said of files that do not fit."""
 
 from __future__ import annotations
 
@@ -11,159 +11,144 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
+from safetensors.numpy import save_file
+from torch import Tensor, nn
 
 from models import build_model, weights
 from models.googlenet import CAFFE_BLOCKS
-from models.weights import read_hdf5_arrays, read_torch_file
+from models.weights import read_hdf5_arrays
 from utils.errors import UserError
+from utils.features import extract_features
+from utils.metrics import recall_at_k
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parent / "golden"
 CAFFE_NAMES = {str(place): name for name, place in CAFFE_BLOCKS.items()}
 
 
+def caffe_name(name: str) -> str:
+    place, _, rest = name.partition(".")
+    return f"{CAFFE_NAMES[place]}.{rest}"
+
+
 @pytest.fixture(scope="module")
 def caffe_arrays() -> dict[str, np.ndarray]:
-    """A full GoogLeNet by its Caffe names, every value its own, and the classifier that such files hold too."""
+    """A GoogLeNet by its Caffe names, with the classifier that such files hold, too."""
     rng = np.random.default_rng(3)
     arrays = {}
     for name, value in build_model("googlenet").base_model.state_dict().items():
-        place, rest = name.split(".", 1)
-        arrays[f"{CAFFE_NAMES[place]}.{rest}"] = 0.01 * rng.standard_normal(value.shape).astype(np.float32)
-    arrays["loss3.classifier.weight"] = rng.standard_normal((10, 1024)).astype(np.float32)
+        arrays[caffe_name(name)] = rng.standard_normal(value.shape, np.float32)
+    arrays["loss3.classifier.weight"] = rng.standard_normal((10, 1024), np.float32)
     arrays["loss3.classifier.bias"] = np.zeros(10, np.float32)
     return arrays
 
 
-def assert_filled(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> None:
+def assert_filled(model: nn.Module, arrays: dict[str, np.ndarray]) -> None:
     state = model.base_model.state_dict()
     assert len(state) == len(arrays) - 2  # all but the classifier
     for name, value in state.items():
-        place, rest = name.split(".", 1)
-        np.testing.assert_array_equal(value.numpy(), arrays[f"{CAFFE_NAMES[place]}.{rest}"])
+        np.testing.assert_array_equal(value.numpy(), arrays[caffe_name(name)])
 
 
-# ---------------------------------------------------------------- HDF5
+# ------------------------------------------------------------------------------ kinds of files
 
 
 @pytest.mark.parametrize("name", ["hickle_3_4_9_sample.h5", "hickle_5_0_3_sample.h5"])
-def test_both_hickle_layouts(name):
+def test_both_layouts_of_hickle(name):
     arrays = read_hdf5_arrays(GOLDEN / name)
-    shapes = {key: tuple(value.shape) for key, value in arrays.items()}
-    assert shapes == {"conv1.7x7_s2.weight": (4, 3, 2, 2), "inception_3a.3x3_reduce.bias": (4,)}
     stored = {}
+
+    def visit(_: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            stored[item.shape] = item[()]
+
     with h5py.File(GOLDEN / name) as file:
-        file.visititems(lambda _, item: stored.update({item.shape: item[()]}) if hasattr(item, "dtype") else None)
-    for value in arrays.values():
-        assert value.dtype == torch.float32
-        np.testing.assert_array_equal(value.numpy(), stored[tuple(value.shape)])
-        assert len(value.unique()) > 1
+        file.visititems(visit)
+    shapes = {"conv1.7x7_s2.weight": (4, 3, 2, 2), "inception_3a.3x3_reduce.bias": (4,)}
+    assert arrays.keys() == shapes.keys()
+    for key, shape in shapes.items():
+        np.testing.assert_array_equal(arrays[key], stored[shape])
 
 
-@pytest.mark.parametrize("backbone", ["googlenet", "googlenet_caffe"])
-def test_a_full_hickle_file_fills_the_backbone(tmp_path, caffe_arrays, backbone):
-    path = tmp_path / "googlenet.h5"
-    hickle.dump(caffe_arrays, path)
-    assert_filled(build_model(backbone, weights=path), caffe_arrays)
-
-
-@pytest.mark.parametrize("separator", ["/", "."])
-def test_a_plain_hdf5_file_fills_the_backbone(tmp_path, caffe_arrays, separator):
-    path = tmp_path / "plain.hdf5"
+def save_hdf5(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Write paths such as /conv1/7x7_s2/weight, or names with dots in a file of another ending."""
     with h5py.File(path, "w") as file:
-        for name, value in caffe_arrays.items():
-            block, layer, kind = name.split(".")
-            file[separator.join((block, layer, kind))] = value
-    assert_filled(build_model("googlenet", weights=str(path)), caffe_arrays)
+        for name, value in arrays.items():
+            file[name.replace(".", "/") if path.suffix == ".hdf5" else name] = value
 
 
-def test_hdf5_is_known_by_its_content_too(tmp_path, caffe_arrays):
-    path = tmp_path / "weights.bin"
-    with h5py.File(path, "w") as file:
-        for name, value in caffe_arrays.items():
-            file[name] = value.astype(np.float64)
+def save_checkpoint(arrays: dict[str, np.ndarray], path: Path) -> None:
+    tensors = {f"module.base_model.{name}": torch.from_numpy(v) for name, v in arrays.items()}
+    torch.save({"model": tensors, "epoch": 3}, path)
+
+
+def save_state(arrays: dict[str, np.ndarray], path: Path) -> None:
+    torch.save({"state_dict": {name: torch.from_numpy(v) for name, v in arrays.items()}}, path)
+
+
+@pytest.mark.parametrize(
+    "name, save",
+    [
+        ("googlenet.h5", hickle.dump),
+        ("plain.hdf5", save_hdf5),
+        ("weights.bin", save_hdf5),
+        ("run.pth", save_checkpoint),
+        ("state.pth", save_state),
+    ],
+)
+def test_every_kind_of_file_by_caffes_names(tmp_path, caffe_arrays, name, save):
+    path = tmp_path / name
+    save(caffe_arrays, path)
     assert_filled(build_model("googlenet", weights=path), caffe_arrays)
 
 
-def test_auto_takes_the_file_beside_the_models(tmp_path, caffe_arrays, monkeypatch):
-    path = tmp_path / "googlenet.h5"
-    hickle.dump(caffe_arrays, path)
-    monkeypatch.setattr(weights, "GOOGLENET_FILE", path)
-    assert_filled(build_model("googlenet", weights="auto"), caffe_arrays)
-
-
-@pytest.mark.parametrize("content", [{"image_count": np.arange(4)}, {}])
-def test_hdf5_without_floating_point_arrays_is_refused(tmp_path, content):
-    path = tmp_path / "counts.h5"
-    with h5py.File(path, "w") as file:
-        for name, value in content.items():
-            file[name] = value
-    with pytest.raises(UserError, match=f"{path}: holds no floating-point arrays"):
-        build_model("googlenet", weights=path)
-
-
-# ---------------------------------------------------------------- torch files
-
-
-@pytest.mark.parametrize("wrap", [
-    lambda state: state,
-    lambda state: {"state_dict": state},
-    lambda state: {"model": {f"module.base_model.{name}": value for name, value in state.items()}, "epoch": 3},
-])  # fmt: skip
-def test_a_torch_file_fills_the_backbone(tmp_path, caffe_arrays, wrap):
-    path = tmp_path / "googlenet.pth"
-    torch.save(wrap({name: torch.from_numpy(value) for name, value in caffe_arrays.items()}), path)
-    assert_filled(build_model("googlenet", weights=path), caffe_arrays)
-
-
-def test_a_checkpoint_of_this_network_gives_its_backbone(tmp_path):
-    source = build_model("resnet_small", 7, 9)
-    torch.save({"model": source.state_dict(), "epoch": 1}, tmp_path / "run.pth")
-    model = build_model("resnet_small", 4, 3, tmp_path / "run.pth")
-    for name, value in source.base_model.state_dict().items():
-        assert torch.equal(model.base_model.state_dict()[name], value)
+@pytest.mark.parametrize("backbone", ["googlenet", "googlenet_fallback_lrn"])
+def test_auto_takes_the_file_beside_the_models(tmp_path, caffe_arrays, monkeypatch, backbone):
+    monkeypatch.setattr(weights, "GOOGLENET_FILE", tmp_path / "googlenet.h5")
+    with pytest.raises(UserError) as caught:
+        build_model(backbone, weights="auto")
+    words = ["googlenet.h5: no such file", "download.py googlenet", weights.GOOGLENET_SOURCE]
+    for word in (*words, "resnet18", "weights none"):
+        assert word in str(caught.value)
+    hickle.dump(caffe_arrays, weights.GOOGLENET_FILE)
+    assert_filled(build_model(backbone, weights="auto"), caffe_arrays)
 
 
 @pytest.fixture(scope="module")
-def resnet18() -> dict[str, torch.Tensor]:
+def resnet18() -> dict[str, Tensor]:
     torch.manual_seed(5)
     return torchvision.models.resnet18(weights=None).state_dict()
 
 
-def test_torchvisions_own_file_of_halves_with_its_classifier(tmp_path, resnet18):
-    assert "fc.weight" in resnet18
+def test_torchvisions_file_in_halves_without_counters(tmp_path, resnet18):
     path = tmp_path / "resnet18.pth"
-    torch.save({name: v.half() if v.is_floating_point() else v for name, v in resnet18.items()}, path)
+    names = [name for name in resnet18 if not name.endswith("num_batches_tracked")]
+    assert "fc.weight" in names
+    torch.save({name: resnet18[name].half() for name in names}, path)
     state = build_model("resnet18", weights=path).base_model.state_dict()
     assert state["conv1.weight"].dtype == torch.float32
-    for name, value in state.items():
-        expected = resnet18[name].half().float() if value.is_floating_point() else resnet18[name]
-        assert torch.equal(value, expected), name
-
-
-def test_counters_may_be_missing(tmp_path, resnet18):
-    path = tmp_path / "old.pth"
-    torch.save({name: v for name, v in resnet18.items() if not name.endswith("num_batches_tracked")}, path)
-    model = build_model("resnet18", weights=path)
-    assert torch.equal(model.base_model.layer4[1].bn2.weight, resnet18["layer4.1.bn2.weight"])
+    for name in state.keys() & set(names):
+        assert torch.equal(state[name], resnet18[name].half().float()), name
 
 
 def test_auto_takes_torchvisions_imagenet_weights(resnet18, monkeypatch):
-    def get_state_dict(self, *args, **kwargs):
-        asked.append((str(self), kwargs.get("check_hash")))
+    calls = []
+
+    def get_state_dict(self, **options):
+        calls.append((str(self), options["check_hash"]))
         return resnet18
 
-    asked = []
     monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
     model = build_model("resnet18", weights="auto")
-    assert asked == [("ResNet18_Weights.IMAGENET1K_V1", True)]
+    assert calls == [("ResNet18_Weights.IMAGENET1K_V1", True)]
     assert torch.equal(model.base_model.conv1.weight, resnet18["conv1.weight"])
 
 
-# ---------------------------------------------------------------- refused
+# ----------------------------------------------------------------------------------- refused
 
 
-def refused(path: Path, *words: str, backbone: str = "resnet_small") -> None:
+def assert_refused(path: Path, *words: str, backbone: str = "resnet_small") -> None:
     with pytest.raises(UserError) as caught:
         build_model(backbone, weights=path)
     message = str(caught.value)
@@ -172,131 +157,80 @@ def refused(path: Path, *words: str, backbone: str = "resnet_small") -> None:
         assert word in message
 
 
-def test_the_wrong_backbone_is_named(tmp_path, resnet18):
+def test_weights_of_another_backbone(tmp_path, resnet18):
     path = tmp_path / "resnet18.pth"
     torch.save(resnet18, path)
-    refused(path, "not the weights of resnet50", "choose the --backbone", backbone="resnet50")
-    refused(path, "not the weights of googlenet", "0.7x7_s2.weight", backbone="googlenet")
+    assert_refused(path, "not the weights of resnet50", backbone="resnet50")
+    assert_refused(path, "not the weights of googlenet", "0.7x7_s2.weight", backbone="googlenet")
 
 
-def test_missing_arrays_are_counted_and_the_first_is_named(tmp_path):
-    state = build_model("resnet_small").base_model.state_dict()
-    del state["layer2.0.conv1.weight"], state["layer3.0.bn1.bias"]
-    torch.save(state, tmp_path / "holes.pth")
-    refused(tmp_path / "holes.pth", "2 of ", "the first is layer2.0.conv1.weight")
-
-
-def test_wrong_shapes_are_named(tmp_path):
-    state = build_model("resnet_small").base_model.state_dict()
-    state["layer1.0.bn1.bias"] = torch.zeros(5)
-    torch.save(state, tmp_path / "shapes.pth")
-    refused(tmp_path / "shapes.pth", "layer1.0.bn1.bias has shape (5,), expected (32,)")
-
-
-@pytest.mark.parametrize("content", [{"epoch": 3}, torch.zeros(3), [torch.zeros(3)], {}, {0: torch.zeros(3)}])
-def test_a_torch_file_without_named_tensors_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "else.pth")
-    refused(tmp_path / "else.pth", "holds no named tensors")
-
-
-@pytest.mark.parametrize("name", ["weights.pth", "weights.h5"])
 @pytest.mark.parametrize(
-    "content", [b"", b"\x00" * 100, b"a plain text\n" * 20, b"PK\x03\x04 no zip", b"\x89HDF\r\n\x1a\n"]
+    "changes, words",
+    [
+        ({"layer2.0.conv1.weight": None}, "1 of 54 arrays are missing, the first is layer2.0"),
+        ({"layer1.0.bn1.bias": torch.zeros(5)}, "holds torch.float32 (5,), expected"),
+        ({"layer1.0.bn1.bias": torch.full((32,), torch.nan)}, "holds NaN or infinite values"),
+        ({"layer1.0.bn1.bias": torch.zeros(32).to_sparse()}, "is not a plain tensor"),
+    ],
 )
-def test_other_files_are_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name)
+def test_nearly_right_weights(tmp_path, changes, words):
+    state = build_model("resnet_small").base_model.state_dict() | changes
+    path = tmp_path / "near.pth"
+    torch.save({name: value for name, value in state.items() if value is not None}, path)
+    assert_refused(path, next(iter(changes)), words)
 
 
-def test_missing_files_and_folders_are_refused(tmp_path):
-    refused(tmp_path / "none.pth", "no such file")
-    refused(tmp_path, "a folder")
-    with pytest.raises(UserError, match="no such file"):
-        read_torch_file(tmp_path / "none.pth")
-    with pytest.raises(UserError, match="not a readable HDF5 file"):
-        read_hdf5_arrays(tmp_path / "none.h5")
+def test_files_without_weights(tmp_path):
+    for content in ({"epoch": 3}, torch.zeros(3)):
+        torch.save(content, tmp_path / "other.pth")
+        assert_refused(tmp_path / "other.pth", "holds no named tensors")
+    with h5py.File(tmp_path / "counts.h5", "w") as file:
+        file["image_count"] = np.arange(4)
+    assert_refused(tmp_path / "counts.h5", "holds no floating-point arrays")
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy", "h5"])
-def test_truncated_files_are_refused_wherever_they_end(tmp_path, kind):
+@pytest.mark.parametrize(
+    "name, save", [("a.pth", save_state), ("a.h5", save_hdf5), ("a.safetensors", save_file)]
+)
+def test_damaged_and_missing_files(tmp_path, name, save):
+    path = tmp_path / name
     state = build_model("resnet_small").base_model.state_dict()
-    whole = tmp_path / f"whole.{kind}"
-    if kind == "h5":
-        hickle.dump({name: value.numpy() for name, value in state.items() if value.dim()}, whole)
-    else:
-        torch.save(state, whole, _use_new_zipfile_serialization=kind == "zip")
-    content = whole.read_bytes()
-    build_model("resnet_small", weights=whole)
-    for share in (0.001, 0.02, 0.3, 0.7, 0.95, 0.999):
-        cut = tmp_path / f"cut.{kind}"
-        cut.write_bytes(content[: int(share * len(content))])
-        refused(cut)
+    save({key: value.numpy() for key, value in state.items()}, path)
+    build_model("resnet_small", weights=path)
+    content = path.read_bytes()
+    for damaged in (b"", b"a plain text\n" * 20, content[: len(content) // 2], content[:-100]):
+        path.write_bytes(damaged)
+        assert_refused(path)
+    assert_refused(tmp_path / f"none_{name}", "no such file")
+    assert_refused(tmp_path, "a folder")
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_damaged_pickles_are_refused(tmp_path):
-    """Any byte of the first part of a torch file may be wrong: never anything but a UserError, or the right shapes."""
-    torch.save({"a": torch.zeros(2)}, tmp_path / "small.pth", _use_new_zipfile_serialization=False)
-    content = (tmp_path / "small.pth").read_bytes()
-    rng, faults = np.random.default_rng(0), 0
-    for _ in range(150):
-        damaged = bytearray(content)
-        damaged[rng.integers(len(content))] = rng.integers(256)
-        (tmp_path / "damaged.pth").write_bytes(damaged)
-        try:
-            read_torch_file(tmp_path / "damaged.pth")
-        except UserError as error:
-            faults += 1
-            assert str(tmp_path / "damaged.pth") in str(error)
-    assert faults > 50
-
-
-@pytest.mark.parametrize("backbone", ["googlenet", "googlenet_caffe"])
-def test_missing_googlenet_file_says_where_it_comes_from(tmp_path, monkeypatch, backbone):
-    monkeypatch.setattr(weights, "GOOGLENET_FILE", tmp_path / "googlenet.h5")
-    refused_words = ("github.com/vadimkantorov/metriclearningbench", "--weights FILE", "--backbone", "resnet18",
-                     "--weights none")  # fmt: skip
-    with pytest.raises(UserError) as caught:
-        build_model(backbone, weights="auto")
-    for word in (str(tmp_path / "googlenet.h5"), "no such file", *refused_words):
-        assert word in str(caught.value)
-
-
-@pytest.mark.parametrize("fault", [
-    urllib.error.URLError("no route to host"), TimeoutError("timed out"), RuntimeError("invalid hash value"),
-])  # fmt: skip
-def test_a_failed_download_names_the_url_and_the_way_out(monkeypatch, tmp_path, fault):
-    def fail(*args, **kwargs):
-        raise fault
+def test_a_failed_download_says_the_way_out(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise urllib.error.URLError("no route\nto host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"weights of resnet18 \(.*no route to host.*; fetch"):
         build_model("resnet18", weights="auto")
-    for word in ("https://download.pytorch.org/models/resnet18-", "--weights FILE", "--weights none", str(fault)):
-        assert word in str(caught.value)
 
 
-# ---------------------------------------------------------------- real weights on real images
+# ------------------------------------------------------------------ real weights, real images
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 def test_real_weights_retrieve_real_birds(shared):
-    """Frozen pooled features of eight species: far above the chance of 1 in 8."""
-    from PIL import Image
-
-    from utils.features import extract_features
-    from utils.metrics import recall_at_k
-
-    model = build_model("resnet18", weights=shared / "weights" / "resnet18_imagenet1k_v1_fp16.pth")
-    folders = sorted((shared / "data" / "cub200" / "images").iterdir())[::12][:8]
-    files = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())[:20]]
-    images = [
-        np.asarray(Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))[16:240, 16:240]
-        for path, _ in files
-    ]
-    batches = [torch.from_numpy(np.stack(images[i : i + 40])) for i in range(0, len(images), 40)]
+    """Frozen features tell eight species apart, far above the chance of 1 in 8."""
+    model = build_model("resnet18", weights=shared / "weights/resnet18_imagenet1k_v1_fp16.pth")
+    species = sorted((shared / "data" / "cub200" / "images").iterdir())[::12][:8]
+    files = [path for folder in species for path in sorted(folder.iterdir())[:20]]
+    images = []
+    for path in files:
+        square = Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
+        images.append(np.asarray(square)[16:240, 16:240])
+    batches = torch.from_numpy(np.stack(images)).split(40)
     pooled, embeddings = extract_features(model, batches)
-    assert pooled.shape == (len(files), 512) and embeddings.shape == (len(files), 128)
-    recall = recall_at_k(pooled, torch.tensor([label for _, label in files]))
-    assert len(files) == 160 and recall[1] > 0.5
+    assert pooled.shape == (160, 512) and embeddings.shape == (160, 128)
+    labels = np.repeat(np.arange(8), 20)
+    assert recall_at_k(torch.nn.functional.normalize(pooled), labels)[1] > 0.5

@@ -1,1 +1,1 @@
-"""Subjects that every other room may use: one file per subject, nothing imported here."""
+"""What all rooms may use: options, files, clustering, retrieval, evaluation, runs."""

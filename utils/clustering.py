@@ -17,6 +17,9 @@ except ImportError:  # a machine on which it cannot be installed
 
 ENGINES = ("auto", "faiss", "sklearn")
 EARLY_STOP = 1e-6  # relative gain of an iteration below which faiss stops
+# faiss draws each center of a k-means++ start once, scikit-learn takes the best of 2 + log k draws:
+# as many starts as these reach the same inertia and the same NMI (benchmarks/kmeans.py)
+STARTS = {"faiss": 40, "sklearn": 10}
 
 
 def pick_engine(engine: str = "auto") -> str:
@@ -36,16 +39,17 @@ def kmeans(
     features: Tensor | np.ndarray,
     k: int,
     *,
-    n_init: int = 10,
+    n_init: int | None = None,
     max_iter: int = 300,
     seed: int = 0,
     engine: str = "auto",
 ) -> tuple[Tensor, Tensor, float] | tuple[np.ndarray, np.ndarray, float]:
-    """Divide rows into k clusters: the best of `n_init` k-means++ starts of at most `max_iter`
-    iterations.
+    """Divide rows into k clusters: the best of several k-means++ starts.
 
     Args:
         features: (N, D) floating point, a tensor on any device or an array.
+        n_init: starts; None: those of STARTS.
+        max_iter: iterations of each start, at most.
         engine: faiss, sklearn, or auto (see `pick_engine`).
 
     Returns:
@@ -59,7 +63,9 @@ def kmeans(
     if not 1 <= k <= len(matrix):
         raise UserError(f"cannot make {k} clusters of {len(matrix)} images; give fewer clusters")
     rows = np.ascontiguousarray(matrix.cpu().numpy(), dtype=np.float32)
-    cluster = _by_faiss if pick_engine(engine) == "faiss" else _by_sklearn
+    engine = pick_engine(engine)
+    n_init = n_init or STARTS[engine]
+    cluster = _by_faiss if engine == "faiss" else _by_sklearn
     assignments, centroids, inertia = cluster(rows, k, n_init, max_iter, seed)
     if isinstance(features, np.ndarray):
         return assignments.astype(np.int64), centroids, inertia
@@ -80,9 +86,12 @@ def _by_faiss(rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int) -
         max_points_per_centroid=len(rows),
         gpu=_uses_gpu(),
     )
+    center = rows.mean(0)  # faiss computes distances from products, exact near the origin only
+    rows = rows - center
     clustering.train(rows)
     distances, assignments = clustering.index.search(rows, 1)
-    return assignments[:, 0], clustering.centroids, float(distances.sum(dtype=np.float64))
+    inertia = float(distances.sum(dtype=np.float64))
+    return assignments[:, 0], clustering.centroids + center, inertia
 
 
 def _uses_gpu() -> bool:

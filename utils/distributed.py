@@ -9,6 +9,7 @@ gradient of a weight, averaged by DistributedDataParallel, is that of a single p
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ class Processes:
         return labels
 
     def check_same(self, facts: dict[str, Any]) -> None:
-        """Raise UserError, naming the fact, if a process has another value than the first process."""
+        """Raise UserError, naming the fact, if processes have different values of it."""
         for name, expected in self.from_first(facts).items():
             if facts[name] != expected:
                 raise UserError(
@@ -150,19 +151,24 @@ class Processes:
                     "machine the same command and the same files"
                 )
 
-    def parallel(self, module: nn.Module, device: torch.device) -> nn.Module:
+    def parallel(self, module: nn.Module, device: torch.device, uses_all: bool) -> nn.Module:
         """Return `module` with its gradients averaged over the processes, if there are several.
 
         Buffers are not broadcast: every process computes the same ones.
+
+        Args:
+            uses_all: whether every trained parameter has a part in the loss.
         """
         if self.count == 1:
             return module
-        return nn.parallel.DistributedDataParallel(
-            module,
-            [device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            find_unused_parameters=True,  # the cluster head and the decoder have no part in some methods
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # older versions lack the new name
+            return nn.parallel.DistributedDataParallel(
+                module,
+                [device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                find_unused_parameters=not uses_all,
+            )
 
 
 ALONE = Processes()

@@ -156,6 +156,7 @@ class Parser(argparse.ArgumentParser):
         self, description: str = "", refused: dict[str, str] | None = None, **kwargs
     ) -> None:
         """refused: options that are known but not taken, with the sentence that says why."""
+        kwargs = {"usage": "%(prog)s [options]"} | kwargs
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs
         )
@@ -241,35 +242,18 @@ class Parser(argparse.ArgumentParser):
 
 def add_pooling(group: argparse._ArgumentGroup) -> None:
     """Add --layers, --pool and --stripes, see `models.pooling.Pooling`."""
-    group.add_argument(
-        "--layers",
-        metavar="NAME[,NAME]",
-        help="stages of the backbone whose pooled features are joined, such as layer3,layer4 or last2 "
-        "(default: the last stage)",
-    )
-    group.add_argument(
-        "--pool",
-        metavar="KIND[,KIND]",
-        default="avg",
-        help="how feature maps are pooled, for all layers or for each: avg, max, or gem, the generalized mean",
-    )
-    group.add_argument(
-        "--stripes",
-        metavar="N[,N]",
-        default="1",
-        help="horizontal stripes that feature maps are pooled in, for all layers or for each",
-    )
+    add = group.add_argument
+    add("--layers", metavar="NAME,..", help="stages that are pooled: layer3,layer4, or last2, ...")
+    add("--pool", metavar="KIND,..", default="avg", help="of all layers or each: avg, max or gem")
+    add("--stripes", metavar="N,..", default="1", help="horizontal stripes, of all layers or each")
 
 
 def add_flip_eval(group: argparse._ArgumentGroup, default: bool | None) -> None:
     """Add --flip_eval; a default of None means: as the checkpoint was trained."""
-    group.add_argument(
-        "--flip_eval",
-        action=argparse.BooleanOptionalAction,
-        default=default,
-        help="average the features of an image and its mirror image, at twice the work"
-        + ("" if default is not None else " (default: as in training)"),
-    )
+    text = "average image and mirror image, at twice the work"
+    text += "" if default is not None else " (default: as in training)"
+    flag = argparse.BooleanOptionalAction
+    group.add_argument("--flip_eval", action=flag, default=default, help=text)
 
 
 def add_machine(parser: Parser, neighbors: bool = True) -> argparse._ArgumentGroup:
@@ -279,9 +263,7 @@ def add_machine(parser: Parser, neighbors: bool = True) -> argparse._ArgumentGro
     """
     group = parser.add_argument_group("machine")
     add = group.add_argument
-    add(
-        "--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: a GPU if any"
-    )
+    add("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: GPU if any")
     add("--test_batch", type=whole(1), default=100, help="images a batch where nothing is trained")
     add("--workers", type=whole(0, 1024), default=2, help="threads that prepare batches ahead")
     if neighbors:
@@ -292,9 +274,5 @@ def add_machine(parser: Parser, neighbors: bool = True) -> argparse._ArgumentGro
 
 def add_precision(group: argparse._ArgumentGroup) -> None:
     """Add --precision."""
-    group.add_argument(
-        "--precision",
-        type=name_of(("fp32", "bf16")),
-        default="fp32",
-        help="bf16: the network in bfloat16; losses and distances stay in float32",
-    )
+    names = name_of(("fp32", "bf16"))
+    group.add_argument("--precision", type=names, default="fp32", help="of the network alone")

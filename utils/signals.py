@@ -79,6 +79,6 @@ class StopRequest:
 
 
 def _tell(text: str) -> None:
-    """Write a line to stderr from a signal handler, where print could be in the middle of a line."""
+    """Write a line to stderr from a signal handler, which may have interrupted a print."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"{os.path.basename(sys.argv[0])}: {text}\n".encode())
