@@ -123,7 +123,7 @@ def test_the_memory_follows_the_first_views():
 
 def test_the_schedule_holds_when_resumed(tmp_path, data):
     run_example("schedule")
-    settings = {"lr": 0.3, "n_epoch": 3, "n_cluster": 4, "nmi": "off"}
+    settings = {"lr": 0.3, "n_epoch": 3, "n_cluster": 4, "nmi": "off", "schedule": "late_drop"}
     whole = trained(data, tmp_path / "whole", **settings)
     assert [row["lr"] for row in whole.rows] == pytest.approx([0.3, 0.3, 0.03])
     assert_same(whole, resumed(stopped(data, tmp_path / "stopped", 8, **settings)))
