@@ -76,11 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure each stage at each size in a fresh process, and write the result."""
     parser = paired.make_parser("growth", "How seconds and memory of the stages grow.")
     parser.add_argument("--measure", metavar="JSON", help="measure one [stage, sizes], and print")
-    options = parser.parse(sys.argv[1:] if argv is None else argv)
+    options = parser.parse(list(argv or sys.argv[1:]))
     if options.measure:
         print(json.dumps(measure(*json.loads(options.measure))))
         return
-    sizes, base = (TINY, TINY_BASE) if options.tiny else (SIZES, BASE)
+    sizes = SIZES
+    base = BASE
+    if options.tiny:
+        sizes = TINY
+        base = TINY_BASE
     result: dict[str, Any] = {"data": f"unit vectors in classes of {PER_CLASS}, random pixels"}
     for stage, growing in sizes.items():
         result[stage] = {name: [] for name in growing}

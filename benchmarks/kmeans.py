@@ -79,13 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--image_size", type=whole(8), help="which pre-processed size, if there are several")
     add("--backbone", default="resnet18", help="that is frozen")
     add("--weights", type=path_name, default="auto", help="auto (ImageNet), none (random), or FILE")
-    options = parser.parse(sys.argv[1:] if argv is None else argv)
+    options = parser.parse(list(argv or sys.argv[1:]))
     if options.tiny:
         result = {"data": "synthetic unit vectors"}
         result["tiny"] = compare(*paired.clustered_vectors(*TINY), options.repeats)
     else:
-        size = f"{options.image_size} px" if options.image_size else "stored size"
-        result = {"data": f"frozen features of {options.backbone}, {size}"}
+        result = {"data": f"frozen {options.backbone}, image_size {options.image_size}"}
         for dataset in options.datasets:
             result[dataset] = compare(*frozen_features(dataset, options), options.repeats)
     paired.write(result, options)

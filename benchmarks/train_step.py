@@ -146,10 +146,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--backbones", nargs="+", default=["googlenet", "resnet18"], help="which to train")
     add("--batch", type=whole(2), default=64, help="m, images a batch")
-    options = parser.parse(sys.argv[1:] if argv is None else argv)
-    size, m, backbones = 256, options.batch, options.backbones
+    options = parser.parse(list(argv or sys.argv[1:]))
+    size = 256
+    m = options.batch
+    backbones = options.backbones
     if options.tiny:
-        size, m, backbones = 32, 4, ["resnet_small"]
+        size = 32
+        m = 4
+        backbones = ["resnet_small"]
     images = np.random.default_rng(0).integers(0, 256, (8 * m, size, size, 3), np.uint8)
     result: dict[str, Any] = {"data": f"random pixels, {size} px"}
     for backbone in backbones:

@@ -128,7 +128,9 @@ def table_of(rows: Sequence[dict]) -> str:
 
 def title_of(row: dict) -> str:
     """Return the head and its size; a frozen feature is as wide as it is."""
-    return row["head"] if row["head"] == "frozen" else f"{row['head']}, {row['dimension']}-d"
+    if row["head"] == "frozen":
+        return row["head"]
+    return f"{row['head']}, {row['dimension']}-d"
 
 
 def cell_of(row: dict) -> str:
@@ -138,7 +140,7 @@ def cell_of(row: dict) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load, embed, score, write."""
-    args = make_parser().parse(sys.argv[1:] if argv is None else argv)
+    args = make_parser().parse(list(argv or sys.argv[1:]))
     check_writable(Path(args.out_dir), "choose another --out_dir")
     names = ("training", "validation")
     halves = [load_split(args.data_dir, args.dataset, name, args.image_size) for name in names]
@@ -150,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = model.to(choose_device(args.device), memory_format=torch.channels_last)
     rows = score_all(args, model, kinds, halves)
     stem = f"{args.out_dir}/closed_form_{args.dataset}_{halves[0].image_size}px_{args.backbone}"
-    stem += f"_val{args.val_classes}" if args.val_classes else ""
+    if args.val_classes:
+        stem += f"_val{args.val_classes}"
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     facts = vars(args) | {"weights": Path(args.weights).name, "machine": machine()}
     facts |= {"training": str(halves[0]), "test": str(halves[1])}

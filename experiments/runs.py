@@ -94,7 +94,7 @@ def make_parser(description: str, table: str) -> Parser:
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the options of a table, and the words after `--`, for train.py."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    words = list(argv or sys.argv[1:])
     end = [*words, "--"].index("--")
     return parser.parse(words[:end]), words[end + 1 :]
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models.backbones import backbone_spec
 from models.decoder import Decoder
 from models.pooling import PAPER, Pooling
+from models.timm_backbones import TimmBackbone
 from models.weights import load_backbone_weights
 from utils.errors import UserError
 from utils.tensors import as_float
@@ -38,9 +39,8 @@ class CBSwR(nn.Module):
         self.pooling = pooling.resolved(spec.stages, backbone)
         self.pooled_dim = pooled_width(backbone, pooling)
         self.normalization = spec.normalization
-        self._stage_children = [child for child, _ in spec.stages.values()]
-        self._pooled_children = [spec.stages[name][0] for name in self.pooling.layers]
-        self._frozen_children: list[str] = []
+        self._stages = [path for path, _ in spec.stages.values()]
+        self._pooled_stages = [spec.stages[name][0] for name in self.pooling.layers]
         self._trains_statistics = False  # of the batch norms of the backbone
         self.base_model = spec.make()
         self.decoder = Decoder(spec.channels)
@@ -64,12 +64,14 @@ class CBSwR(nn.Module):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """Return the feature maps (B, C_l, h_l, w_l) of the pooled layers, the last stage last."""
-        if len(self._pooled_children) < 2:
+        if len(self._pooled_stages) < 2:
             return [self.base_model(x)]
+        if isinstance(self.base_model, TimmBackbone):
+            return self.base_model.maps(x, self.pooling.layers)
         maps = []
         for name, part in self.base_model.named_children():
             x = part(x)
-            if name in self._pooled_children:
+            if name in self._pooled_stages:
                 maps.append(x)
         return maps
 
@@ -112,29 +114,27 @@ class CBSwR(nn.Module):
 
         Raises UserError if the backbone has fewer stages.
         """
-        if n_stages > len(self._stage_children):
+        if n_stages > len(self._stages):
             raise UserError(
-                f"{self.backbone_name} has {len(self._stage_children)} stages that can be trained "
-                f"alone, fewer than {n_stages}"
+                f"{self.backbone_name} has {len(self._stages)} stages that can be trained alone, "
+                f"fewer than {n_stages}"
             )
-        if 0 < n_stages < len(self._stage_children):
-            children = [name for name, _ in self.base_model.named_children()]
-            last_frozen = self._stage_children[-n_stages - 1]
-            self._frozen_children = children[: children.index(last_frozen) + 1]
-        for name in self._frozen_children:
-            self.base_model.get_submodule(name).requires_grad_(False)
+        if 0 < n_stages < len(self._stages):
+            last_frozen = self._stages[-n_stages - 1]
+            named = list(self.base_model.named_parameters())  # in the order of the network
+            inside = [i for i, (name, _) in enumerate(named) if name.startswith(f"{last_frozen}.")]
+            for _, parameter in named[: inside[-1] + 1]:
+                parameter.requires_grad_(False)
         self._trains_statistics = batch_norm
         self.train(self.training)
 
     def train(self, mode: bool = True) -> CBSwR:
-        """Set the mode, as of every module; frozen parts and kept statistics stay in eval mode."""
+        """Set the mode, as of every module; kept and frozen batch norms stay in evaluation mode."""
         super().train(mode)
-        for name in self._frozen_children:
-            self.base_model.get_submodule(name).eval()
-        if not self._trains_statistics:
-            for module in self.base_model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        for module in self.base_model.modules():
+            is_norm = isinstance(module, _BatchNorm)
+            if is_norm and not (self._trains_statistics and module.weight.requires_grad):
+                module.eval()
         return self
 
     @torch.no_grad()

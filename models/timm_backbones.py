@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 
@@ -25,7 +26,9 @@ def timm_spec(backbone: str) -> BackboneSpec:
     feature map as wide as its pooled feature.
     """
     network = TimmBackbone(backbone)
-    return BackboneSpec(lambda: network, network.channels, network.normalization)
+    return BackboneSpec(
+        lambda: network, network.channels, network.normalization, stages=network.stages
+    )
 
 
 class TimmBackbone(nn.Module):
@@ -56,12 +59,22 @@ class TimmBackbone(nn.Module):
         self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
         mean, std = (tuple(255 * value for value in config[name]) for name in ("mean", "std"))
         self.normalization = InputNormalization("RGB", mean, std)
+        self.stages = _stages(self.network)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized crops (B, 3, H, W) -> feature map (B, C, h, w), float32 (float64 for float64
-        input).
-        """
-        features = self.network.forward_features(resized(x, self.input_size))
+        """Turn normalized crops (B, 3, H, W) into a feature map (B, C, h, w), at least float32."""
+        return self._shifted(self.network.forward_features(resized(x, self.input_size)))
+
+    def maps(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """Return the feature maps (B, C_l, h_l, w_l) of stages, the last of which is "last"."""
+        places = [list(self.stages).index(name) for name in names[:-1]]
+        features, maps = self.network.forward_intermediates(
+            resized(x, self.input_size), indices=places
+        )
+        return [*maps, self._shifted(features)]
+
+    def _shifted(self, features: Tensor) -> Tensor:
+        """Return what forward_features gives as the map whose mean is the network's own pooling."""
         pooled = self.network.forward_head(features, pre_logits=True)  # (B, C)
         feature_map = self._as_map(features)
         if pooled.shape != feature_map.shape[:2]:
@@ -71,7 +84,7 @@ class TimmBackbone(nn.Module):
                 "choose another network"
             )
         wide = torch.promote_types(feature_map.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(pooled.device.type, enabled=False):
             feature_map = feature_map.to(wide)
             shift = pooled.to(wide) - feature_map.mean((2, 3))
             return feature_map + shift[:, :, None, None]
@@ -86,6 +99,21 @@ class TimmBackbone(nn.Module):
             raise UserError(f"the backbone {self.name} has no feature map of rows and columns")
         tokens = features[:, self.network.num_prefix_tokens :]  # without class and register tokens
         return tokens.transpose(1, 2).unflatten(2, tuple(patches.grid_size))
+
+
+def _stages(network: nn.Module) -> dict[str, tuple[str, int]]:
+    """Return the stages that can be pooled: name -> (path of the module that ends it, channels).
+
+    "last" is the whole network, with what follows its last stage.
+    """
+    info = list(getattr(network, "feature_info", None) or [])
+    if not info or not hasattr(network, "forward_intermediates"):
+        return {}
+    stages = {
+        f"stage{number}": (f"network.{stage['module']}", stage["num_chs"])
+        for number, stage in enumerate(info[:-1], 1)
+    }
+    return stages | {"last": ("network", network.num_features)}
 
 
 def resized(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,9 +13,9 @@ from scripts import Outcome, failed, run_in_process
 
 import utils.index
 from datasets.images import find_images
+from reports.sheets import thumbnail
 from utils.errors import UserError
 from utils.index import Index
-from reports.sheets import thumbnail
 
 
 @pytest.fixture(scope="module")
