@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -20,15 +21,15 @@ from torch import Tensor
 from datasets.arrays import Split, load_split
 from datasets.views import EpochPlan, center_crops, crop_size, images_on, two_view_batches
 from methods import METHODS
-from methods.options import add_method_options, fit_to_data, others_help, read_layers
 from models import BACKBONES, Pooling, build_model, check_crop_size, pooled_width
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head
+from recipes import add_method_options, fit_to_data, others_help, read_layers
 from utils import options
 from utils.devices import choose_device, compute_deterministically, memory_faults
 from utils.distributed import Processes, joined
 from utils.errors import run_script
-from utils.evaluation import score, why_no_nmi
+from utils.evaluation import check_classes, score, why_no_nmi
 from utils.events import EventFile
 from utils.features import extract_features
 from utils.logs import log, log_epoch, log_start, log_summary, start_log
@@ -49,9 +50,10 @@ REFUSED = {
 }
 NAMES = {"cub200": "CUB200", "car196": "Car196"}  # of runs, as the released commands have them
 NOT_SAVED = {"given", "resume", "config", "overwrite"}
-MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ by machine
-CHANGEABLE = MACHINE | {"resume", "n_epoch", "interval", "test_batch", "lr", "device", "nmi"}
+CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "device", "nmi", "workers"}
 CHANGEABLE |= {"checkpoint_every_steps", "deterministic", "eval_memory_mb", "tensorboard"}
+CHANGEABLE |= {"data_dir", "log_dir", "data_on"}
+MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ by machine
 
 
 # ------------------------------------------------------------------------------------- options
@@ -125,8 +127,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         for name in sorted(args.given - CHANGEABLE):
             if getattr(args, name) != saved.get(name):
                 parser.error(f"--{name} was {saved.get(name)} in {args.resume} and cannot change")
-        args.checkpoint_dir = str(Path(args.resume).parent)
-        args.model_name = Path(args.resume).name
+        run = Path(args.resume).resolve()
+        args.checkpoint_dir = str(run.parent)
+        args.model_name = run.name
     if args.refit_head and args.head_init == "random":
         parser.error("--refit_head: a random head has no closed form; give --head_init pca")
     if "refit_power" in args.given and not args.refit_head:
@@ -152,20 +155,24 @@ class Job:
         self.training = load_split(args.data_dir, args.dataset, "training", args.image_size)
         size = self.training.image_size
         self.test = load_split(args.data_dir, args.dataset, "validation", size)
+        if self.test.labeled:
+            check_classes(self.test.labels)
         self.data = {"training": self.training.fingerprint(), "validation": self.test.fingerprint()}
         self.held_out = None
         if args.val_classes:
             self.training, self.held_out = self.training.hold_out(args.val_classes)
 
         pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
-        fit_to_data(args, len(self.training), pooled_width(args.backbone, pooling), processes.count)
+        width = pooled_width(args.backbone, pooling)
+        changes = fit_to_data(args, len(self.training), width, processes.count)
         check_crop_size(args.backbone, crop_size(size))
         self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
         shared = {name: v for name, v in self.config.items() if name not in MACHINE}
         processes.check_same(shared | self.data)
 
+        saved = processes.by_first(lambda: run.load(self.data)) if args.resume else {}
         torch.manual_seed(args.seed)
-        weights = "none" if args.resume else args.weights
+        weights = "none" if saved else args.weights
         n_cluster = getattr(args, "n_cluster", 32)  # of a cluster head that the method may not use
         model = build_model(args.backbone, n_cluster, args.low_dim, weights, pooling)
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -184,15 +191,14 @@ class Job:
         self.pooled: Tensor | None = None  # of the training images, by the network as it is
         self.state = State()
 
-        if args.resume:
-            saved = processes.by_first(lambda: run.load(self.data))
+        if saved:
             self.state = run.restore(saved, self.parts, self.device)
         self.events = None
         if processes.is_first:
             run.open(self.config, self.state.rows, args.overwrite, bool(args.resume))
             start_log(Path(args.log_dir or run.path), args.model_name)
             halves = f"{self.training} to train on, {self.test} to test on"
-            log_start(args, self.device, halves)
+            log_start(args, self.device, [halves, *changes])
             self.events = EventFile(run.path, self.state.epoch) if args.tensorboard else None
 
     def save(self, best: bool = False) -> None:
@@ -227,9 +233,13 @@ class Job:
         head = closed_form_head(pooled, args.low_dim, args.head_init, power, fill)
         self.model.set_head(*self.processes.from_first(head))
         self.method.head_changed()
-        for parameter in self.model.feat_ext.parameters():
-            self.optimizer.state.pop(parameter, None)  # moments of the head before
+        self.forget_moments(self.model.feat_ext.parameters())
         log.info("head by %s of the features of %d images", args.head_init, len(pooled))
+
+    def forget_moments(self, parameters: Iterable[Tensor]) -> None:
+        """Drop what the optimizer remembers of parameters that have begun anew."""
+        for parameter in parameters:
+            self.optimizer.state.pop(parameter, None)
 
     def evaluate(self) -> dict:
         """Score the test half, and the held-out classes as val_...; {} without labels."""
@@ -276,9 +286,11 @@ def train_epoch(job: Job, epoch: int) -> dict:
     args = job.args
     method = job.method
     state = job.state
-    if state.step == 0:
+    if not state.is_begun:
         with job.stop.at_once(), state.timed("features"):
             state.logged = method.begin_epoch(epoch, job.features)
+            job.forget_moments(method.restarted())
+            state.is_begun = True
 
     neighbors = method.neighbors_and_positives()
     plan = EpochPlan(
@@ -298,9 +310,10 @@ def train_epoch(job: Job, epoch: int) -> dict:
         losses["loss"].backward()
         job.optimizer.step()
         method.end_step()
-        started = state.end_step(losses, started)
+        state.end_step(losses)
         if state.step % CHECK_EVERY == 0 or state.step == len(plan):
             check_finite(state.sums, f"epoch {epoch}, step {state.step} or before")
+        started = state.count_time("train", started)
         if args.checkpoint_every_steps and state.step % args.checkpoint_every_steps == 0:
             job.save()
         job.stop.check()
@@ -312,7 +325,7 @@ def train(job: Job) -> None:
     """Train the epochs that are left, and score them."""
     args = job.args
     state = job.state
-    if args.head_init != "random" and state.epoch == state.step == 0:
+    if args.head_init != "random" and state.epoch == 0 and not state.is_begun:
         with job.stop.at_once():
             job.fit_head(args.whiten_power)
     if args.n_epoch == 0 and not state.rows:
@@ -326,7 +339,7 @@ def train(job: Job) -> None:
             if epoch % args.interval == 0 or epoch == args.n_epoch:
                 row |= job.evaluate()
         n_views = 2 * state.step * args.batch_size
-        row |= {"seconds": state.seconds, "images_per_second": n_views / state.seconds["train"]}
+        row |= {"seconds": state.seconds, "views_per_second": n_views / state.seconds["train"]}
         job.end_epoch(row)
     log_summary(state.rows, job.run.path)
 

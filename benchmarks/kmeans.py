@@ -26,13 +26,14 @@ from benchmarks import paired
 from datasets.arrays import load_split
 from datasets.views import center_crops
 from models import build_model
-from utils.clustering import STARTS, kmeans
+from utils.clustering import kmeans
 from utils.errors import run_script
 from utils.evaluation import NMI_ITERATIONS
 from utils.features import extract_features
 from utils.options import path_name, whole
 
 BATCH = 100  # images
+ENGINES = ("faiss", "sklearn")
 TINY = (500, 16, 10)  # rows, columns, classes
 
 
@@ -50,8 +51,8 @@ def compare(features: np.ndarray, labels: np.ndarray, n_seeds: int) -> dict[str,
     n_seeds: how many, at least 2.
     """
     k = len(np.unique(labels))
-    values = {engine: {"seconds": [], "nmi": [], "inertia": []} for engine in STARTS}
-    for seed, engine in product(range(n_seeds), STARTS):
+    values = {engine: {"seconds": [], "nmi": [], "inertia": []} for engine in ENGINES}
+    for seed, engine in product(range(n_seeds), ENGINES):
         started = time.perf_counter()
         clusters, _, inertia = kmeans(
             features, k, max_iter=NMI_ITERATIONS, seed=seed, engine=engine
@@ -61,7 +62,7 @@ def compare(features: np.ndarray, labels: np.ndarray, n_seeds: int) -> dict[str,
         values[engine]["inertia"].append(inertia)
     ways = {}
     for engine, lists in values.items():
-        ways[f"{engine}, {STARTS[engine]} starts"] = paired.summary(lists["seconds"]) | {
+        ways[f"{engine}, 10 starts"] = paired.summary(lists["seconds"]) | {
             "nmi_mean": statistics.fmean(lists["nmi"]),
             "nmi_std": statistics.stdev(lists["nmi"]),
             "nmi": lists["nmi"],

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ from utils.files import write_json
 from utils.options import Parser, path_name, whole
 
 RESULTS = Path(__file__).resolve().parents[1] / "misc" / "benchmarks"
-POLL_SECONDS = 0.002  # between looks at the memory
 
 
 def make_parser(name: str, description: str) -> Parser:
@@ -80,34 +78,6 @@ def in_turn(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[
 def summary(times: list[float]) -> dict[str, Any]:
     """Return the median of seconds, and all of them."""
     return {"median_s": statistics.median(times), "all_s": [round(time, 5) for time in times]}
-
-
-def peak_extra_mb(run: Callable[[], Any]) -> float:
-    """Return the MiB that a call adds to the resident memory at its highest.
-
-    Memory that the process freed before would hide them: call it in a fresh process.
-    """
-    done = threading.Event()
-    seen = [resident_mb()]
-
-    def poll() -> None:
-        while not done.wait(POLL_SECONDS):
-            seen.append(resident_mb())
-
-    thread = threading.Thread(target=poll)
-    thread.start()
-    try:
-        run()
-    finally:
-        done.set()
-        thread.join()
-    return max(seen) - seen[0]
-
-
-def resident_mb() -> float:
-    """Return the resident memory of this process in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def clustered_vectors(n_rows: int, n_columns: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:

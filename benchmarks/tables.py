@@ -16,7 +16,6 @@ from utils.options import Parser
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 WORK = {"train_step": "training step", "recall": "Recall@K", "kmeans": "k-means"}
-UNITS = {"rows": "N", "columns": "D", "clusters": "K", "batch": "m"}
 
 
 def number(value: float) -> str:
@@ -51,17 +50,6 @@ def speed_lines() -> Iterator[list[str]]:
                 yield [title, way, number(seconds), f"{seconds / first:.2g}", nmi, place]
 
 
-def growth_lines() -> Iterator[list[str]]:
-    """Yield a line for each stage at each size."""
-    yield ["stage", "size", "seconds", "MiB", "what"]
-    for _, stage, growing in cases_of("growth"):
-        for name, points in growing.items():
-            for point in points:
-                size = f"{UNITS[name]} = {point[name]:,}"
-                memory = number(point["peak_mb_above_start"])
-                yield [stage, size, number(point["seconds"]), memory, point["what"]]
-
-
 def placed(page: str, name: str, lines: Sequence[Sequence[str]]) -> str:
     """Return a page with a table between its markers."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
@@ -81,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse(list(argv or sys.argv[1:]))
     page = PAGE.read_text(encoding="utf-8")
     fresh = placed(page, "speed", list(speed_lines()))
-    fresh = placed(fresh, "growth", list(growth_lines()))
     if options.check:
         return int(fresh != page)
     with written_whole(PAGE) as beside:

@@ -17,8 +17,8 @@ from utils.errors import UserError
 SMALLEST_IMAGE_SIZE = 8  # pixels
 DEFAULT_IMAGE_SIZE = 256  # pixels, of the released code
 SCRIPTS = ("cub200", "car196", "sop", "inshop", "glyphs")  # data sets with a script of their own
-HASH_BLOCK = 16 << 20  # bytes
 UNLABELED = -1  # the label of every image of a data set without labels
+HASH_BLOCK = 16 << 20  # bytes
 QUERY = 0  # role of the images that search the gallery; every other role is the gallery
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from utils.clustering import kmeans
 from utils.distributed import ALONE, Processes
+from utils.errors import UserError
 from utils.features import network_autocast
 from utils.retrieval import nearest_neighbors
 
@@ -94,6 +95,10 @@ class Method(nn.Module):
     def end_step(self) -> None:
         """Follow a step of the optimizer."""
 
+    def restarted(self) -> Iterable[nn.Parameter]:
+        """Return the parameters that `begin_epoch` has begun anew."""
+        return ()
+
     def head_changed(self) -> None:
         """Follow a change of the embedding head by something else than the optimizer."""
 
@@ -161,3 +166,12 @@ class Method(nn.Module):
             pooled = self.model.pool(self.model.maps(views))
         embeddings = self.model.embed(self.processes.gather_views(pooled))
         return embeddings, self.processes.gather_views(index.repeat(2))
+
+
+def check_groups(group: int, batch_size: int) -> None:
+    """Raise UserError unless batches divide into groups."""
+    if batch_size % group:
+        fitting = batch_size // group * group or group
+        raise UserError(
+            f"batch_size {batch_size}: no multiple of the group of {group}; try {fitting}"
+        )

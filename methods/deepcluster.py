@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.base import Features, Method
@@ -29,12 +30,16 @@ class DeepCluster(Method):
         n_cluster = self.options.n_cluster
         labels, _ = self.cluster(self.comparable(*features()), n_cluster, epoch)
         self.pseudo_labels.copy_(labels)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.options.seed + epoch)
             for part in self.model.clustering:
                 if hasattr(part, "reset_parameters"):
                     part.reset_parameters()
         return {"cluster_sizes": torch.bincount(labels, minlength=n_cluster).tolist()}
+
+    def restarted(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the cluster head."""
+        return self.model.clustering.parameters()
 
     def forward(self, views: Tensor, index: Tensor) -> dict[str, Tensor]:
         """Compute the cross-entropy of a batch."""

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses import contextual_similarity, relaxed_contrastive_loss, self_distillation_loss
-from methods.base import Features, Method
-from utils.errors import UserError
+from methods.base import Features, Method, check_groups
 from utils.options import real, whole
 
 
@@ -148,12 +147,3 @@ class STML(Method):
     def head_changed(self) -> None:
         """Take over the student as it is."""
         self._move_teacher(momentum=0.0)
-
-
-def check_groups(group: int, batch_size: int) -> None:
-    """Raise UserError unless batches divide into groups."""
-    if batch_size % group:
-        fitting = batch_size // group * group or group
-        raise UserError(
-            f"batch_size {batch_size}: no multiple of the group of {group}; try {fitting}"
-        )

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from methods.base import Features, Method
-from methods.stml import check_groups
+from methods.base import Features, Method, check_groups
 from utils.errors import UserError
 from utils.options import whole
 

@@ -120,11 +120,7 @@ class CBSwR(nn.Module):
                 f"fewer than {n_stages}"
             )
         if 0 < n_stages < len(self._stages):
-            last_frozen = self._stages[-n_stages - 1]
-            named = list(self.base_model.named_parameters())  # in the order of the network
-            inside = [i for i, (name, _) in enumerate(named) if name.startswith(f"{last_frozen}.")]
-            for _, parameter in named[: inside[-1] + 1]:
-                parameter.requires_grad_(False)
+            self._freeze_up_to(self._stages[-n_stages - 1])
         self._trains_statistics = batch_norm
         self.train(self.training)
 
@@ -132,10 +128,24 @@ class CBSwR(nn.Module):
         """Set the mode, as of every module; kept and frozen batch norms stay in evaluation mode."""
         super().train(mode)
         for module in self.base_model.modules():
-            is_norm = isinstance(module, _BatchNorm)
-            if is_norm and not (self._trains_statistics and module.weight.requires_grad):
+            if isinstance(module, _BatchNorm) and self._keeps_statistics(module):
                 module.eval()
         return self
+
+    def _keeps_statistics(self, norm: _BatchNorm) -> bool:
+        is_frozen = norm.weight is not None and not norm.weight.requires_grad
+        return is_frozen or not self._trains_statistics
+
+    def _freeze_up_to(self, stage: str) -> None:
+        """Freeze all modules of the backbone up to the end of a stage, in their order."""
+        was_inside = False
+        for name, module in self.base_model.named_modules():
+            is_inside = f"{name}.".startswith(f"{stage}.")
+            if was_inside and not is_inside:
+                return
+            was_inside = is_inside
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
     @torch.no_grad()
     def set_head(self, weight: Tensor, bias: Tensor) -> None:

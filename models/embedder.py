@@ -86,7 +86,7 @@ class Embedder:
         embedder = cls(
             device,
             None if is_frozen else checkpoint or facts["checkpoint"],
-            facts["backbone"],
+            facts["backbone"] if is_frozen else None,
             facts["weights"],
             pooling=Pooling.parse(
                 facts.get("layers"), facts.get("pool"), False, facts.get("stripes")

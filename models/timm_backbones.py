@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
@@ -18,6 +18,7 @@ TIMM_PREFIX = "timm:"
 _NAME = re.compile(r"timm:\w+(\.\w+)?")  # nothing that timm would take for an address or a folder
 
 
+@lru_cache(maxsize=8)
 def timm_spec(backbone: str) -> BackboneSpec:
     """Return the spec of `timm:NAME` or `timm:NAME.TAG`, with random weights; nothing is
     downloaded.
@@ -25,10 +26,10 @@ def timm_spec(backbone: str) -> BackboneSpec:
     Raises UserError if timm is not installed, does not know the name, or the network has no
     feature map as wide as its pooled feature.
     """
-    network = TimmBackbone(backbone)
-    return BackboneSpec(
-        lambda: network, network.channels, network.normalization, stages=network.stages
-    )
+    with torch.random.fork_rng(devices=[]):  # a look at a network draws nothing
+        network = TimmBackbone(backbone)
+    make = partial(TimmBackbone, backbone)
+    return BackboneSpec(make, network.channels, network.normalization, stages=network.stages)
 
 
 class TimmBackbone(nn.Module):

@@ -24,7 +24,7 @@ NAMES = {
     "reconstruction_loss": "Reconstruction loss",
     "nmi_to_previous_clusters": "NMI to the clusters of the epoch before",
     "lr": "Learning rate",
-    "images_per_second": "Images a second",
+    "views_per_second": "Views a second",
 }
 TOGETHER = {  # kinds of numbers that share a chart in the report of a single run
     "recall": "R@K, %",

@@ -17,9 +17,9 @@ import train
 from datasets.arrays import Split
 from datasets.views import EpochPlan, center_crops, two_view_batches
 from methods import METHODS
-from methods.options import fit_to_data
 from models import Pooling, build_model, pooled_width
 from models.batch_norm import share_batch_norm
+from recipes import fit_to_data
 from utils.distributed import Processes, joined
 from utils.errors import UserError
 from utils.features import extract_features

@@ -65,7 +65,7 @@ def test_the_events_of_a_run_are_its_metrics(tmp_path):
     rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     points = read_events(run)
     assert points == points_of(rows)
-    assert {"seconds/train", "images_per_second", "nmi", "rim_loss"} <= points.keys()
+    assert {"seconds/train", "views_per_second", "nmi", "rim_loss"} <= points.keys()
     assert train.main([*command, "--overwrite"]) == 0
     assert list(run.glob(EVENTS)) == []  # they would tell of another run
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 import losses
 import train
 from methods import METHODS, Method
-from methods.options import fit_to_data
 from methods.supervised import same_class
 from models import build_model
+from recipes import fit_to_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N_IMAGES = 12

@@ -16,7 +16,7 @@ from training import Run, execute, options, resumed, same_weights, trained
 
 import train
 from methods import METHODS
-from methods.options import RECIPES, fit_to_data
+from recipes import RECIPES, fit_to_data
 from utils import options as kinds
 from utils.errors import UserError
 

@@ -53,7 +53,7 @@ def test_files_and_metrics(baseline, data):
         assert recalls == sorted(recalls)
         assert row["nmi_protocol"].startswith("4 clusters, ")
         assert row["seconds"].keys() == {"features", "train", "evaluate"}
-        assert row["images_per_second"] == pytest.approx(48 / row["seconds"]["train"])
+        assert row["views_per_second"] == pytest.approx(48 / row["seconds"]["train"])
     config = json.loads((baseline.run / "config.json").read_text())
     assert config == baseline.saved["config"]
     assert (config["lr"], config["t"], config["data_dir"]) == (0.05, 0.1, str(data))

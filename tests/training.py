@@ -30,7 +30,7 @@ class Run:
         self.out = out
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         self.full_rows = [json.loads(line) for line in lines]
-        times = {"seconds", "images_per_second"}
+        times = {"seconds", "views_per_second"}
         self.rows = [{k: v for k, v in row.items() if k not in times} for row in self.full_rows]
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, kmeans_plusplus
 from torch import Tensor
 
 from utils.errors import UserError
@@ -17,9 +17,7 @@ except ImportError:  # a machine on which it cannot be installed
 
 ENGINES = ("auto", "faiss", "sklearn")
 EARLY_STOP = 1e-6  # relative gain of an iteration below which faiss stops
-# faiss draws each center of a k-means++ start once, scikit-learn takes the best of 2 + log k draws:
-# as many starts as these reach the same inertia and the same NMI (benchmarks/kmeans.py)
-STARTS = {"faiss": 40, "sklearn": 10}
+GREEDY_UP_TO = 512  # clusters; for more, a greedy start would take longer than the clustering
 
 
 def pick_engine(engine: str = "auto") -> str:
@@ -39,16 +37,18 @@ def kmeans(
     features: Tensor | np.ndarray,
     k: int,
     *,
-    n_init: int | None = None,
+    n_init: int = 10,
     max_iter: int = 300,
     seed: int = 0,
     engine: str = "auto",
 ) -> tuple[Tensor, Tensor, float] | tuple[np.ndarray, np.ndarray, float]:
-    """Divide rows into k clusters: the best of several k-means++ starts.
+    """Divide rows into k clusters: the best of `n_init` k-means++ starts.
+
+    With faiss, the starts of up to GREEDY_UP_TO clusters are scikit-learn's, which take the best of
+    several draws for each center, as in the protocol of the released code; faiss iterates.
 
     Args:
         features: (N, D) floating point, a tensor on any device or an array.
-        n_init: starts; None: those of STARTS.
         max_iter: iterations of each start, at most.
         engine: faiss, sklearn, or auto (see `pick_engine`).
 
@@ -63,41 +63,45 @@ def kmeans(
     if not 1 <= k <= len(matrix):
         raise UserError(f"cannot make {k} clusters of {len(matrix)} images; give fewer clusters")
     rows = np.ascontiguousarray(matrix.cpu().numpy(), dtype=np.float32)
-    engine = pick_engine(engine)
-    n_init = n_init or STARTS[engine]
-    cluster = _by_faiss if engine == "faiss" else _by_sklearn
-    assignments, centroids, inertia = cluster(rows, k, n_init, max_iter, seed)
+    seed = seed % 2**31  # the range of faiss
+    if pick_engine(engine) == "faiss":
+        uses_gpu = matrix.is_cuda and not torch.are_deterministic_algorithms_enabled()
+        result = _by_faiss(rows, k, n_init, max_iter, seed, uses_gpu)
+    else:
+        result = _by_sklearn(rows, k, n_init, max_iter, seed)
+    assignments, centroids, inertia = result
     if isinstance(features, np.ndarray):
         return assignments.astype(np.int64), centroids, inertia
     results = torch.from_numpy(assignments.astype(np.int64)), torch.from_numpy(centroids)
     return *(result.to(matrix.device) for result in results), inertia
 
 
-def _by_faiss(rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int) -> tuple:
-    clustering = faiss.Kmeans(
-        rows.shape[1],
-        k,
-        niter=max_iter,
-        nredo=n_init,
-        seed=seed % 2**31,
-        init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
-        early_stop_threshold=EARLY_STOP,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(rows),
-        gpu=_uses_gpu(),
-    )
+def _by_faiss(
+    rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int, uses_gpu: bool
+) -> tuple:
     center = rows.mean(0)  # faiss computes distances from products, exact near the origin only
     rows = rows - center
-    clustering.train(rows)
-    distances, assignments = clustering.index.search(rows, 1)
-    inertia = float(distances.sum(dtype=np.float64))
-    return assignments[:, 0], clustering.centroids + center, inertia
-
-
-def _uses_gpu() -> bool:
-    """Whether faiss and torch both have a GPU, and its rounding errors may differ between runs."""
-    has_gpu = faiss.get_num_gpus() > 0 and torch.cuda.is_available()
-    return has_gpu and not torch.are_deterministic_algorithms_enabled()
+    random = np.random.RandomState(seed)
+    best = None
+    for _ in range(n_init):
+        clustering = faiss.Kmeans(
+            rows.shape[1],
+            k,
+            niter=max_iter,
+            seed=int(random.randint(2**31)),
+            init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
+            early_stop_threshold=EARLY_STOP,
+            min_points_per_centroid=1,
+            max_points_per_centroid=len(rows),
+            gpu=1 if uses_gpu and faiss.get_num_gpus() > 0 else 0,
+        )
+        start = kmeans_plusplus(rows, k, random_state=random)[0] if k <= GREEDY_UP_TO else None
+        clustering.train(rows, init_centroids=start)
+        distances, assignments = clustering.index.search(rows, 1)
+        inertia = float(distances.sum(dtype=np.float64))
+        if best is None or inertia < best[2]:
+            best = (assignments[:, 0], clustering.centroids + center, inertia)
+    return best
 
 
 def _by_sklearn(rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int) -> tuple:

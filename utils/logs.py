@@ -35,14 +35,14 @@ def start_log(folder: Path, name: str) -> None:
     log.propagate = False
 
 
-def log_start(args: argparse.Namespace, device: torch.device, halves: str) -> None:
+def log_start(args: argparse.Namespace, device: torch.device, remarks: list[str]) -> None:
     """Log what is trained on what, and remarks about it."""
-    log.info(f"{args.dataset}: {halves}")
+    log.info(f"{args.dataset}: {'; '.join(remarks)}")
     log.info(f"recipe {args.recipe}: {args.backbone} on {device} in {args.precision}")
     if args.precision == "bf16" and not has_fast_bf16(device):
         log.info("this processor has no bfloat16 instructions: bf16 is slower than fp32 here")
     if args.weights == "none" and not args.train_batch_norm:
-        log.info("random weights bring no statistics for batch norm: try --train_batch_norm")
+        log.info("random weights bring no statistics for batch norm; train_batch_norm makes them")
 
 
 def log_epoch(row: dict) -> None:
@@ -64,9 +64,9 @@ def log_epoch(row: dict) -> None:
             parts.append(score_text(row, half))
     if row.get("best"):
         parts.append("*")
-    if "images_per_second" in row:
+    if "views_per_second" in row:
         parts.append(f"{sum(row['seconds'].values()):.1f} s")
-        parts.append(f"{row['images_per_second']:.1f} images/s")
+        parts.append(f"{row['views_per_second']:.1f} views/s")
     log.info("  ".join(parts))
 
 

@@ -117,7 +117,7 @@ def clustering_scores(
     embeddings: Tensor | np.ndarray,
     labels: Labels,
     seed: int = 0,
-    n_init: int | None = None,
+    n_init: int = 10,
     max_iter: int = 300,
     engine: str = "auto",
 ) -> dict[str, float]:
@@ -146,7 +146,7 @@ def clustering_nmi(
     embeddings: Tensor | np.ndarray,
     labels: Labels,
     seed: int = 0,
-    n_init: int | None = None,
+    n_init: int = 10,
     max_iter: int = 300,
     engine: str = "auto",
 ) -> float:

@@ -34,7 +34,8 @@ class State:
 
     Attributes:
         epoch: epochs done.
-        step: steps done in the epoch under way; 0 between epochs.
+        is_begun: whether the method has begun the epoch under way.
+        step: steps done in that epoch.
         sums: sum of each loss over these steps.
         logged: what the method reported at the start of that epoch.
         seconds: spent on that epoch so far, by part.
@@ -42,6 +43,7 @@ class State:
     """
 
     epoch: int = 0
+    is_begun: bool = False
     step: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     logged: dict = field(default_factory=dict)
@@ -53,19 +55,19 @@ class State:
         """Count the time of a block for a part of the epoch under way."""
         started = time.perf_counter()
         yield
-        self._count(part, started)
+        self.count_time(part, started)
 
-    def end_step(self, losses: dict[str, Tensor], started: float) -> float:
-        """Count a step as done, with its losses and its time; returns the time now."""
-        self.step += 1
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
-        return self._count("train", started)
-
-    def _count(self, part: str, started: float) -> float:
+    def count_time(self, part: str, started: float) -> float:
+        """Count the time since `started` for a part of the epoch; returns the time now."""
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - started
         return now
+
+    def end_step(self, losses: dict[str, Tensor]) -> None:
+        """Count a step as done, with its losses."""
+        self.step += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
 
     def means(self) -> dict[str, float]:
         """Return the mean of each loss over the steps of the epoch under way."""
@@ -77,8 +79,8 @@ class State:
     def end_epoch(self, row: dict) -> None:
         """Count an epoch as done, with its metrics.
 
-        It is marked as best if no earlier epoch has a higher R@1: that of the held-out classes, or
-        without any that of the test half.
+        It is marked as best if its R@1 is higher than that of all earlier epochs: on the held-out
+        classes, or without any on the test half.
         """
         score = "val_recall@1" if "val_recall@1" in row else "recall@1"
         if score in row:
@@ -87,6 +89,7 @@ class State:
             )
         self.rows.append(row)
         self.epoch = row["epoch"]
+        self.is_begun = False
         self.step = 0
         self.sums = {}
         self.logged = {}
@@ -133,7 +136,7 @@ class RunFolder:
             os.close(self._lock)
 
     def lock(self) -> None:
-        """Keep other processes out until `close`. Raises UserError if one holds the folder."""
+        """Keep other processes out until the end. Raises UserError if one holds the folder."""
         if self._lock is not None or os.name == "nt":  # Windows opens no folders
             return
         handle = os.open(self.path, os.O_RDONLY)
@@ -183,8 +186,6 @@ class RunFolder:
 
     def restore(self, saved: dict, parts: dict[str, Any], device: torch.device) -> State:
         """Put back what `load` read, and return the state. Raises UserError if it does not fit."""
-        if not saved:
-            return State()
         path = self.path / LAST
         try:
             for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""Recipes, and the options that methods declare."""
+"""Recipes, JSON files of options, and how they meet the options of the chosen method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from utils.errors import UserError
 from utils.options import Parser, nearest_hint, read_json_object
 from utils.runs import CONFIG
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = Path(__file__).resolve().parent
 
 
 def add_method_options(parser: Parser, name: str) -> None:
@@ -94,11 +94,12 @@ def _read_run(run: Path) -> tuple[str, dict]:
 
 def fit_to_data(
     args: argparse.Namespace, n_images: int, pooled_width: int, n_processes: int
-) -> None:
+) -> list[str]:
     """Shrink numbers that nobody gave on the command line to what the training images allow.
 
-    Raises UserError for a batch size that does not fit.
+    Returns a sentence for each. Raises UserError for a given batch size that does not fit.
     """
+    changes = []
     limits = {"n_cluster": n_images}
     if args.head_init != "random":
         limits["low_dim"] = min(n_images - 1, pooled_width)
@@ -106,8 +107,10 @@ def fit_to_data(
     limits["batch_size"] = max(group, n_images // group * group)
     for name, limit in limits.items():
         if name in args and name not in args.given and getattr(args, name) > limit:
+            changes.append(f"{name} {getattr(args, name)} is {limit} for {n_images} images")
             setattr(args, name, limit)
     if args.batch_size > n_images:
         raise UserError(f"batch_size {args.batch_size}: there are {n_images} training images")
     if args.batch_size % n_processes:
         raise UserError(f"{n_processes} processes cannot share a batch of {args.batch_size} evenly")
+    return changes
