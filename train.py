@@ -8,7 +8,6 @@ images -> views -> backbone -> feature map -> embedding -> pseudo-labels -> cent
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Iterable
@@ -36,12 +35,9 @@ from utils.logs import log, log_epoch, log_start, log_summary, start_log
 from utils.options import Parser, folder_name, name_of, path_name, real, whole
 from utils.progress import progress
 from utils.runs import RunFolder, State, check_finite
+from utils.schedules import SCHEDULES, learning_rate
 from utils.signals import Stopped, StopRequest
 
-SCHEDULES = {  # share of the training that is done -> share of the rate
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-}
 CHECK_EVERY = 20  # steps between looks at the loss, for which a GPU has to wait
 REFUSED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -54,9 +50,6 @@ CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "device", "nm
 CHANGEABLE |= {"checkpoint_every_steps", "deterministic", "eval_memory_mb", "tensorboard"}
 CHANGEABLE |= {"data_dir", "log_dir", "data_on"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ by machine
-
-
-# ------------------------------------------------------------------------------------- options
 
 
 def make_parser(method: str) -> Parser:
@@ -80,7 +73,12 @@ def make_parser(method: str) -> Parser:
     add("--head_init", type=name_of(("random", *HEADS)), default="random", help="start of the head")
     add("--whiten_power", type=real(0), default=0.5, help="of the head: 0 is PCA, 1 whitening")
     add("--refit_head", action=flag, default=False, help="closed form again after each epoch")
-    add("--refit_power", type=real(0), metavar="P", help="power then (default: --whiten_power)")
+    add(
+        "--refit_power",
+        type=real(0, above=True),
+        metavar="P",
+        help="power then (default: --whiten_power)",
+    )
     add = parser.add_argument_group("optimization").add_argument
     add("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores the start and saves it")
     add("--batch_size", type=whole(1), default=64, help="m, images a batch, of all processes")
@@ -136,6 +134,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--refit_power goes with --refit_head")
     if {"whiten_power", "refit_power"} & args.given and args.head_init != "whiten":
         parser.error("--whiten_power and --refit_power go with --head_init whiten")
+    if args.refit_power is None:
+        args.refit_power = args.whiten_power
     args.model_name = args.model_name or f"CBSwR_{NAMES.get(args.dataset, args.dataset)}"
     return args
 
@@ -161,7 +161,6 @@ class Job:
         self.held_out = None
         if args.val_classes:
             self.training, self.held_out = self.training.hold_out(args.val_classes)
-
         pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
         width = pooled_width(args.backbone, pooling)
         changes = fit_to_data(args, len(self.training), width, processes.count)
@@ -189,16 +188,13 @@ class Job:
         self.parts = {"model": self.model, "method": self.method, "optimizer": self.optimizer}
         self.images = images_on(self.device, self.training.images, args.data_on)
         self.pooled: Tensor | None = None  # of the training images, by the network as it is
-        self.state = State()
-
-        if saved:
-            self.state = run.restore(saved, self.parts, self.device)
+        self.state = run.restore(saved, self.parts, self.device) if saved else State()
         self.events = None
         if processes.is_first:
             run.open(self.config, self.state.rows, args.overwrite, bool(args.resume))
             start_log(Path(args.log_dir or run.path), args.model_name)
-            halves = f"{self.training} to train on, {self.test} to test on"
-            log_start(args, self.device, [halves, *changes])
+            changes.insert(0, f"{self.training} to train on, {self.test} to test on")
+            log_start(args, self.device, changes)
             self.events = EventFile(run.path, self.state.epoch) if args.tensorboard else None
 
     def save(self, best: bool = False) -> None:
@@ -209,10 +205,7 @@ class Job:
             self.run.save(self.parts, self.state, facts, best)
 
     def features(self) -> tuple[Tensor, Tensor]:
-        """Return pooled features (N, C) and embeddings (N, D) of all training images, on the CPU.
-
-        The pooled features are kept until the next step of the optimizer.
-        """
+        """Return pooled features (N, C) and embeddings (N, D) of all training images (CPU)."""
         if self.pooled is None:
             self.pooled, _ = self.extract(self.training, "features of the training images")
         with torch.no_grad():
@@ -257,8 +250,8 @@ class Job:
                 no_nmi=why_no_nmi(self.args.nmi, len(split.classes)),
                 memory_mb=self.args.eval_memory_mb,
             )
-            found = self.processes.by_first(scoring)
-            scores |= {f"{prefix}{name}": value for name, value in found.items()}
+            results = self.processes.by_first(scoring).items()
+            scores |= {f"{prefix}{name}": value for name, value in results}
         return scores
 
     def end_epoch(self, row: dict) -> None:
@@ -269,16 +262,6 @@ class Job:
             log_epoch(row)
         if self.events:
             self.events.add(row)
-
-
-def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
-    """Return the rate of a step of the run, counted from 0: warm-up, then the schedule."""
-    n_warmup = round(args.warmup_epochs * steps_per_epoch)
-    if step < n_warmup:
-        return args.lr * (step + 1) / n_warmup
-    n_steps = args.n_epoch * steps_per_epoch
-    share_done = (step - n_warmup) / max(1, n_steps - n_warmup)
-    return args.lr * SCHEDULES[args.schedule](share_done)
 
 
 def train_epoch(job: Job, epoch: int) -> dict:
@@ -301,9 +284,9 @@ def train_epoch(job: Job, epoch: int) -> dict:
     started = time.perf_counter()
     for views, index in progress(batches, len(plan) - state.step, f"epoch {epoch}"):
         job.pooled = None
-        rate = learning_rate(args, (epoch - 1) * len(plan) + state.step, len(plan))
+        step = (epoch - 1) * len(plan) + state.step
         for group in job.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
+            group["lr"] = group["scale"] * learning_rate(args, step, len(plan))
         inputs = job.model.normalization(views.to(job.device, non_blocking=True))
         losses = job.step(inputs, index.to(job.device))
         job.optimizer.zero_grad()
@@ -317,8 +300,8 @@ def train_epoch(job: Job, epoch: int) -> dict:
         if args.checkpoint_every_steps and state.step % args.checkpoint_every_steps == 0:
             job.save()
         job.stop.check()
-    row = {"epoch": epoch, "lr": job.optimizer.param_groups[0]["lr"]}
-    return row | state.means() | state.logged
+    rate = job.optimizer.param_groups[0]["lr"]
+    return {"epoch": epoch, "lr": rate} | state.means() | state.logged
 
 
 def train(job: Job) -> None:
@@ -334,8 +317,7 @@ def train(job: Job) -> None:
         row = train_epoch(job, epoch)
         with job.stop.at_once(), state.timed("evaluate"):
             if args.refit_head:
-                power = args.whiten_power if args.refit_power is None else args.refit_power
-                job.fit_head(power, fill=True)
+                job.fit_head(args.refit_power, fill=True)
             if epoch % args.interval == 0 or epoch == args.n_epoch:
                 row |= job.evaluate()
         n_views = 2 * state.step * args.batch_size

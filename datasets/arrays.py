@@ -86,8 +86,7 @@ class Split:
         if n_classes < 2 or len(self.classes) - n_classes < 2:
             raise UserError(
                 f"{self.path}: the training half has {len(self.classes)} classes; hold out at "
-                f"least 2 "
-                f"and leave at least 2 to train on, not {n_classes}"
+                f"least 2 and leave at least 2 to train on, not {n_classes}"
             )
         is_held = self.labels >= self.classes[-n_classes]
         return self._part(~is_held), self._part(is_held)
@@ -192,8 +191,7 @@ def _how_to_make(dataset: str) -> str:
         return f"make it with python pre_process/pre_process_{dataset}.py"
     return (
         "make it from a folder of images with python pre_process/pre_process_folder.py --images "
-        "DIR "
-        f"--name {dataset} (data sets with a script of their own: {', '.join(SCRIPTS)})"
+        f"DIR --name {dataset} (data sets with a script of their own: {', '.join(SCRIPTS)})"
     )
 
 

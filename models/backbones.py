@@ -121,6 +121,5 @@ def check_crop_size(backbone: str, crop: int) -> None:
     if crop < smallest:
         raise UserError(
             f"the backbone {backbone} takes crops of at least {smallest} px, and these images are "
-            f"cropped to "
-            f"{crop}; pre-process them larger, or use the backbone resnet_small"
+            f"cropped to {crop}; pre-process them larger, or use the backbone resnet_small"
         )

@@ -56,8 +56,7 @@ def share_batch_norm(network: nn.Module, processes: Processes, device: torch.dev
         if isinstance(module, nn.BatchNorm2d) and type(module) is not nn.BatchNorm2d:
             raise UserError(
                 f"the backbone's {type(module).__name__} cannot be shared by processes; train it "
-                f"in "
-                "one process, or choose another backbone"
+                "in one process, or choose another backbone"
             )
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)

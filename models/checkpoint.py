@@ -104,8 +104,7 @@ def load_network(
         if info["config"].get("head_init", "random") == "random":
             raise UserError(
                 f"{checkpoint}: the numbers of its embedding are not in order, as its head is not "
-                f"in "
-                f"closed form; it cannot be cut to {dim}"
+                f"in closed form; it cannot be cut to {dim}"
             )
         model.shorten(dim)
         info["low_dim"] = dim

@@ -36,8 +36,8 @@ def closed_form_head(
     if n_directions < low_dim and not fill:
         raise UserError(
             f"the pooled features of {len(x)} images have {n_directions} directions, fewer than "
-            f"the "
-            f"{low_dim} dimensions of the embedding; give fewer dimensions, or pool more layers"
+            f"the {low_dim} dimensions of the embedding; give fewer dimensions, or pool more "
+            "layers"
         )
     rank = min(low_dim, n_directions)
     weight = directions.T.flip(0)[:rank]  # (rank, C)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.cbswr import CBSwR
-from models.lrn import LocalResponseNorm
 from utils.errors import UserError
 from utils.files import written_whole
 
@@ -52,16 +50,15 @@ def export_onnx(
         features: "embedding" or "pooled".
         flip: average the features of an image and its mirror image.
 
-    Raises UserError if the package onnx is not installed.
+    Raises UserError if the package onnx is not installed, and for googlenet_fallback_lrn.
     """
     try:
         import onnx  # noqa: F401  # optional; torch would fail with an error of its own
     except ImportError:
         raise UserError("an ONNX file needs the package onnx; pip install onnx") from None
+    if any(isinstance(module, nn.CrossMapLRN2d) for module in model.modules()):
+        raise UserError(f"{model.backbone_name} cannot be written: ONNX knows no such LRN")
     model = copy.deepcopy(model).cpu().float()
-    for module in model.modules():
-        if isinstance(module, LocalResponseNorm):
-            module.forward = partial(_plain_lrn, module)
     with written_whole(path) as beside, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on sizes that become constants
         torch.onnx.export(
@@ -74,15 +71,3 @@ def export_onnx(
             opset_version=OPSET,
             dynamo=False,
         )
-
-
-def _plain_lrn(norm: LocalResponseNorm, x: Tensor) -> Tensor:
-    """Compute `norm` of x (B, C, H, W) by operations that ONNX has."""
-    half = norm.size // 2
-    squares = x * x
-    padded = F.pad(squares, (0, 0, 0, 0, half, half))
-    sums = sum(padded[:, shift : shift + x.shape[1]] for shift in range(norm.size))
-    if norm.kind == "fallback":  # its windows never drop channel 0
-        first = squares[:, :1].expand(-1, x.shape[1] - half - 1, -1, -1)
-        sums = sums + F.pad(first, (0, 0, 0, 0, half + 1, 0))
-    return x * (norm.k + norm.alpha / norm.size * sums).pow(-norm.beta)

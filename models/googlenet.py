@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.lrn import LocalResponseNorm
+from models.lrn import make_lrn
 
 # Caffe's name of each block -> its place in the sequence (places 4 and 10 are pools)
 CAFFE_BLOCKS = {
@@ -55,7 +55,7 @@ class _Conv1(_NamedConvs):
     def __init__(self, lrn: str) -> None:
         super().__init__()
         self.add_conv("7x7_s2", 3, 64, 7, stride=2)
-        self.norm = LocalResponseNorm(lrn)
+        self.norm = make_lrn(lrn)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 64, H/4, W/4)
         return self.norm(_pool3_stride2(self.conv("7x7_s2", x)))
@@ -66,7 +66,7 @@ class _Conv2(_NamedConvs):
         super().__init__()
         self.add_conv("3x3_reduce", 64, 64, 1)
         self.add_conv("3x3", 64, 192, 3)
-        self.norm = LocalResponseNorm(lrn)
+        self.norm = make_lrn(lrn)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 64, h, w) -> (B, 192, h/2, w/2)
         return _pool3_stride2(self.norm(self.conv("3x3", self.conv("3x3_reduce", x))))
@@ -100,7 +100,7 @@ def caffe_googlenet(lrn: str = "caffe") -> nn.Sequential:
     Source: Szegedy et al. 2015, with the widths and the layer order of Caffe's bvlc_googlenet.
 
     Args:
-        lrn: "caffe" or "fallback", see `models.lrn.LocalResponseNorm`.
+        lrn: "caffe" or "fallback", see `models.lrn.make_lrn`.
     """
     blocks: list[nn.Module] = [_Conv1(lrn), _Conv2(lrn)]
     for place in range(2, 13):

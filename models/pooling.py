@@ -68,8 +68,7 @@ class Pooling:
             if len(parts) not in {1, n_layers}:
                 raise UserError(
                     f"{what} {','.join(parts)}: {len(parts)} values for {n_layers} layers; give "
-                    f"one, "
-                    "or one for each layer"
+                    "one, or one for each layer"
                 )
         counts = tuple(map(int, texts))
         return cls(names, kinds, unit or n_layers > 1 or max(counts) > 1, counts)
@@ -103,8 +102,7 @@ class Pooling:
         if self.layers and (in_order != self.layers or self.layers[-1] != order[-1]):
             raise UserError(
                 f"layers {','.join(self.layers)}: must be in the order of {backbone} and end with "
-                f"its "
-                f"last stage ({known})"
+                f"its last stage ({known})"
             )
         return self
 

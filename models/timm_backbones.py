@@ -49,8 +49,7 @@ class TimmBackbone(nn.Module):
         if getattr(self.network, "head_hidden_size", self.channels) != self.channels:
             raise UserError(
                 f"the backbone {backbone} pools to {self.network.head_hidden_size} dimensions and "
-                f"its feature map "
-                f"has {self.channels}; choose a network where they are equal"
+                f"its feature map has {self.channels}; choose a network where they are equal"
             )
         config = import_timm().data.resolve_model_data_config(self.network)
         if config["input_size"][0] != 3:

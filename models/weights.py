@@ -127,11 +127,10 @@ def _read_googlenet_file() -> dict[str, Tensor]:
     if not GOOGLENET_FILE.is_file():
         raise UserError(
             f"{GOOGLENET_FILE}: no such file; the paper's backbone starts from these ImageNet "
-            f"weights. "
-            f"Run python pre_process/download.py googlenet, or take them from {GOOGLENET_SOURCE} "
-            f"and "
-            "put them there. Or give other weights, another backbone (resnet18, googlenet_bn, ... "
-            "fetch their own), or the weights none for a random start"
+            "weights. Run python pre_process/download.py googlenet, or take them from "
+            f"{GOOGLENET_SOURCE} and put them there. Or give other weights, another backbone "
+            "(resnet18, googlenet_bn, ... fetch their own), or the weights none for a random "
+            "start"
         )
     return read_weights_file(GOOGLENET_FILE)
 

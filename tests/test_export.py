@@ -10,8 +10,8 @@ from scripts import run_in_process
 from torch.nn import functional as F
 
 from models import Pooling, build_model
-from models.export import _plain_lrn, export_onnx
-from models.lrn import LRN_KINDS, LocalResponseNorm
+from models.export import export_onnx
+from utils.errors import UserError
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch's remarks on its expo
         ("resnet_small", None, "embedding"),
         ("resnet_small", "layer1,layer3", "pooled"),
         ("googlenet", None, "embedding"),
-        ("googlenet_fallback_lrn", None, "pooled"),
     ],
 )
 def test_same_numbers(tmp_path, backbone, layers, features):
@@ -43,12 +42,9 @@ def test_same_numbers(tmp_path, backbone, layers, features):
     assert np.abs(rows - rows[0]).max() > 1e-3  # the comparison can tell rows apart
 
 
-@pytest.mark.parametrize("kind", LRN_KINDS)
-def test_response_norm(kind):
-    norm = LocalResponseNorm(kind)
-    x = 200 * torch.randn(2, 12, 3, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(_plain_lrn(norm, x), norm(x))
-    assert (norm(x) / x).min() < 0.5
+def test_the_fallback_lrn_has_no_onnx(tmp_path):
+    with pytest.raises(UserError, match="googlenet_fallback_lrn"):
+        export_onnx(build_model("googlenet_fallback_lrn"), tmp_path / "net.onnx", 40)
 
 
 def test_command(tmp_path):

@@ -21,10 +21,10 @@ from synthetic import write_dataset
 from torch.nn import functional as F
 from training import assert_same, resumed, stopped, trained
 
-import train
 from methods import METHODS
 from models import BACKBONES, build_model, load_checkpoint
 from pre_process.writer import read_image
+from utils.schedules import SCHEDULES
 
 pytestmark = pytest.mark.usefixtures("one_thread", "registries")
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -52,10 +52,9 @@ def recipe_of(folder: Path, method: str) -> Path:
 
 
 @pytest.fixture
-def registries(monkeypatch) -> Iterator[None]:
+def registries() -> Iterator[None]:
     """Put back what the examples add to."""
-    monkeypatch.setattr(train, "learning_rate", train.learning_rate)
-    with patch.dict(METHODS), patch.dict(BACKBONES):
+    with patch.dict(METHODS), patch.dict(BACKBONES), patch.dict(SCHEDULES):
         yield
 
 

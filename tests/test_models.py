@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from models import BACKBONES, PAPER, Pooling, build_model, check_crop_size
 from models.decoder import Decoder, WeightedBatchNorm2d
-from models.lrn import LRN_KINDS, LocalResponseNorm
+from models.lrn import LocalResponseNorm
 from models.spec import CAFFE, IMAGENET, PLUS_MINUS_ONE
 from utils.errors import UserError
 
@@ -32,28 +32,18 @@ CHANNELS = {
 # --------------------------------------------------------------- local response normalization
 
 
-@pytest.mark.parametrize("kind", LRN_KINDS)
 @pytest.mark.parametrize(
     "size, alpha, beta, k", [(5, 1e-4, 0.75, 1.0), (5, 2.0, 0.75, 1.0), (3, 0.5, 0.5, 2.0)]
 )
 @pytest.mark.parametrize("n_channels", [1, 2, 4, 12])
-def test_lrn_is_torchs(kind, size, alpha, beta, k, n_channels):
-    torchs = {"caffe": nn.LocalResponseNorm, "fallback": nn.CrossMapLRN2d}[kind]
+def test_lrn_is_torchs(size, alpha, beta, k, n_channels):
     x = (3 * noise(2, n_channels, 3, 4)).requires_grad_()
-    y = LocalResponseNorm(kind, size, alpha, beta, k)(x)
-    expected = torchs(size, alpha, beta, k)(x)
+    y = LocalResponseNorm(size, alpha, beta, k)(x)
+    expected = nn.LocalResponseNorm(size, alpha, beta, k)(x)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
     weight = noise(2, n_channels, 3, 4, seed=1)
     gradients = [torch.autograd.grad((value * weight).sum(), x)[0] for value in (y, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
-
-
-def test_lrn_leaves_its_input_alone_and_keeps_its_layout():
-    x = noise(2, 8, 3, 3).to(memory_format=torch.channels_last)
-    before = x.clone()
-    y = LocalResponseNorm("caffe", alpha=1.0)(x)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(x, before)
 
 
 # ------------------------------------------------------------------ batch norm of equal rows

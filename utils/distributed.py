@@ -147,8 +147,7 @@ class Processes:
             if facts[name] != expected:
                 raise UserError(
                     f"{name} is {facts[name]} in process {self.rank} and {expected} in process 0; "
-                    f"give every "
-                    "machine the same command and the same files"
+                    "give every machine the same command and the same files"
                 )
 
     def parallel(self, module: nn.Module, device: torch.device, uses_all: bool) -> nn.Module:
@@ -198,8 +197,7 @@ def joined() -> Iterator[Processes]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise UserError(
                 f"one of the {count} processes ended without a message (killed, or its machine is "
-                f"gone); "
-                "resume the run from what was saved last"
+                "gone); resume the run from what was saved last"
             ) from None
         raise
     dist.destroy_process_group()

@@ -114,8 +114,7 @@ class RunFolder:
         if is_run and not (overwrite or resume):
             raise UserError(
                 f"{self.path}: holds a run already; resume it, choose another name for the new "
-                f"one, "
-                "or overwrite it"
+                "one, or overwrite it"
             )
         with disk_faults(self.path, "choose another place for the run"):
             self.path.mkdir(parents=True, exist_ok=True)
