@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 from datasets.arrays import DEFAULT_IMAGE_SIZE, SMALLEST_IMAGE_SIZE, load_split
-from datasets.folder import ArraySource, Crops, FileSource, batches_of
+from datasets.folder import ArraySource, FileSource, ImageBatch, batches_of
 from datasets.images import find_images
 from datasets.views import crop_size
 from models import BACKBONES, Pooling, check_crop_size
@@ -207,7 +207,7 @@ def open_source(args: argparse.Namespace, trained_size: int | None) -> FileSourc
     return ArraySource(splits)
 
 
-def refuse_unreadable(crops: Crops) -> None:
+def refuse_unreadable(crops: ImageBatch) -> None:
     """Raise UserError that names the first unreadable images of a batch, if there are any."""
     names = [f"{path} ({reason})" for path, reason in crops.unreadable[:MOST_NAMED]]
     if names:

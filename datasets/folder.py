@@ -19,7 +19,7 @@ from datasets.views import center_crop, read_ahead
 
 
 @dataclass(frozen=True)
-class Crops:
+class ImageBatch:
     """The center crops of a batch of images.
 
     Attributes:
@@ -51,7 +51,7 @@ class FileSource:
             digest.update(os.fsencode(f"{path}\0{entry.st_size}\0{entry.st_mtime_ns}\0"))
         return _facts(self, digest.hexdigest())
 
-    def crops(self, start: int, stop: int) -> Crops:
+    def crops(self, start: int, stop: int) -> ImageBatch:
         """Read the images from number `start` to before `stop`."""
         squares = []
         listed = []
@@ -63,7 +63,7 @@ class FileSource:
             except UnreadableError as error:
                 unreadable.append((path, str(error)))
         images = np.array(squares, np.uint8).reshape(-1, self.image_size, self.image_size, 3)
-        return Crops(torch.from_numpy(center_crop(images)), listed, unreadable)
+        return ImageBatch(torch.from_numpy(center_crop(images)), listed, unreadable)
 
 
 class ArraySource:
@@ -81,7 +81,7 @@ class ArraySource:
         """Return size, number and fingerprint, of the pixels."""
         return _facts(self, "; ".join(split.fingerprint()["images"] for split in self.splits))
 
-    def crops(self, start: int, stop: int) -> Crops:
+    def crops(self, start: int, stop: int) -> ImageBatch:
         """Read the images from number `start` to before `stop`; they may lie in two splits."""
         parts = []
         first = 0
@@ -89,7 +89,7 @@ class ArraySource:
             rows = split.rows[max(0, start - first) : max(0, stop - first)]
             parts.append(center_crop(split.images)[rows])
             first += len(split)
-        return Crops(torch.from_numpy(np.concatenate(parts)), self.listed[start:stop], [])
+        return ImageBatch(torch.from_numpy(np.concatenate(parts)), self.listed[start:stop], [])
 
 
 def _facts(source: FileSource | ArraySource, fingerprint: str) -> dict:
@@ -98,7 +98,7 @@ def _facts(source: FileSource | ArraySource, fingerprint: str) -> dict:
 
 def batches_of(
     source: FileSource | ArraySource, batch_size: int, workers: int, first: int = 0
-) -> Iterator[Crops]:
+) -> Iterator[ImageBatch]:
     """Iterate the crops of all images from number `first` on, in order, read ahead by threads."""
     starts = range(first, len(source), batch_size)
     return read_ahead(lambda start: source.crops(start, start + batch_size), starts, workers)

@@ -29,7 +29,7 @@ def crop_size(image_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Crops:
+class CropPlan:
     """What to cut for B rows: stored row, top, left (pixels) and mirrored or not, each (B,)."""
 
     row: np.ndarray
@@ -96,16 +96,16 @@ class EpochPlan:
         """Return the image numbers (m / n,) of this process's share of a batch."""
         return self.order[self.places(batch)]
 
-    def crops(self, batch: int) -> Crops:
+    def crops(self, batch: int) -> CropPlan:
         """Return the crops of a batch: first views of its images, then their second views."""
         places = self.places(batch)
         images = np.concatenate([self.order[places], self.second[places]])
         draws = (*self.corners, self.flips)
         top, left, flip = (np.concatenate([d[0, places], d[1, places]]) for d in draws)
-        return Crops(self.rows[images], top, left, flip)
+        return CropPlan(self.rows[images], top, left, flip)
 
 
-def cut_crops(images: np.ndarray, crops: Crops, size: int) -> np.ndarray:
+def cut_crops(images: np.ndarray, crops: CropPlan, size: int) -> np.ndarray:
     """Cut crops: images uint8 (M, S, S, 3) -> uint8 (B, size, size, 3)."""
     pixels = images.view("V3")[..., 0]  # three bytes move as one: mirroring is ten times faster
     out = np.empty((len(crops.row), size, size), pixels.dtype)
@@ -116,7 +116,7 @@ def cut_crops(images: np.ndarray, crops: Crops, size: int) -> np.ndarray:
     return out.view(np.uint8).reshape(*out.shape, 3)
 
 
-def gather_crops(images: Tensor, crops: Crops, size: int) -> Tensor:
+def gather_crops(images: Tensor, crops: CropPlan, size: int) -> Tensor:
     """Do what `cut_crops` does, by one gather on the device where the images lie."""
     offsets = np.arange(size)
     columns = np.where(crops.flip[:, None], offsets[::-1], offsets)

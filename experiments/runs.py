@@ -63,7 +63,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A row with one seed: the words for train.py, and the options that they come to."""
 
     row: Row
@@ -131,10 +131,10 @@ def run_tables(
 
 def plan(
     args: argparse.Namespace, rows: Sequence[Row], shared: Sequence[str]
-) -> dict[Setting, list[Run]]:
+) -> dict[Setting, list[PlannedRun]]:
     """Plan all runs of all tables, so that a mistake in their options ends before any work."""
     check_words(shared, RESERVED | {"recipe"})
-    runs: dict[Setting, list[Run]] = {}
+    runs: dict[Setting, list[PlannedRun]] = {}
     for values in product(args.dataset, args.backbone, args.image_size):
         pairs = product(dict.fromkeys(args.seeds), rows)
         setting = Setting(*values)
@@ -144,7 +144,7 @@ def plan(
 
 def plan_run(
     args: argparse.Namespace, setting: Setting, seed: int, row: Row, shared: Sequence[str]
-) -> Run:
+) -> PlannedRun:
     """Plan one run. Raises UserError, or exits, for options that do not work."""
     fixed = vars(setting) | {"seed": seed, "model_name": f"{row.name}_seed{seed}"}
     fixed["checkpoint_dir"] = Path(args.checkpoint_dir) / setting.name_of(args.name)
@@ -154,7 +154,7 @@ def plan_run(
     options = train.parse_args(words)
     if args.dim and (row.options is None or options.head_init == "random"):
         raise UserError(f"{row.title}: --dim goes with heads in closed form; leave it out")
-    return Run(row, seed, words, options)
+    return PlannedRun(row, seed, words, options)
 
 
 def check_words(words: Sequence[str], reserved: set[str]) -> None:
@@ -164,7 +164,7 @@ def check_words(words: Sequence[str], reserved: set[str]) -> None:
             raise UserError(f"{word}: not among the options of train.py, as the table sets it")
 
 
-def complete(run: Run, dim: int | None) -> dict:
+def complete(run: PlannedRun, dim: int | None) -> dict:
     """Train and score a run, but for what is done already, and return its record.
 
     The record holds the options, the last epoch's metrics and scores, and the machine.
@@ -207,7 +207,7 @@ def complete(run: Run, dim: int | None) -> dict:
     return record
 
 
-def check_same(run: Run, kept: dict) -> None:
+def check_same(run: PlannedRun, kept: dict) -> None:
     """Raise UserError if the run that lies in the folder has other options."""
     free = FREE
     if run.options.schedule != "constant":
@@ -218,7 +218,7 @@ def check_same(run: Run, kept: dict) -> None:
             raise UserError(f"{run.folder}: holds a run with {change}; choose another --name")
 
 
-def train_to_end(run: Run) -> None:
+def train_to_end(run: PlannedRun) -> None:
     """Train a run to its last epoch, from where it stands."""
     n_epoch = run.options.n_epoch
     n_done = last_epoch(run.folder).get("epoch", -1)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run
 from datasets.arrays import SCRIPTS, UNLABELED
 from datasets.images import UnreadableError, decode_image, find_images
 from pre_process import raw_lists
-from pre_process.raw_lists import Split
+from pre_process.raw_lists import Half
 from pre_process.script import folder, home_of, option_parser, write
 from utils.errors import UserError, run_script
 from utils.options import Parser, folder_name, name_of, real, whole
@@ -151,7 +151,7 @@ def read_labels(images: Path, file: Path) -> tuple[list[Path], list[str]]:
 
 def make_splits(
     paths: Sequence[Path], classes: Sequence[str], args: argparse.Namespace
-) -> list[Split]:
+) -> list[Half]:
     """Make both halves in the order of `paths`.
 
     Classes are numbered from 1 on by number or name; without classes every label is `UNLABELED`.
@@ -178,11 +178,11 @@ def make_splits(
 
 def halves_by_chance(
     paths: Sequence[Path], labels: Sequence[int], args: argparse.Namespace
-) -> list[Split]:
+) -> list[Half]:
     """Draw the images that train by --seed; the others are the test half. Order is kept."""
     n_training = max(2, min(len(paths) - 2, round(args.train_share * len(paths))))
     order = np.random.default_rng(args.seed).permutation(len(paths))
-    everything = Split("", paths, labels)
+    everything = Half("", paths, labels)
     training = everything.keep(sorted(order[:n_training]), "training")
     halves = [training, everything.keep(sorted(order[n_training:]), "validation")]
     raw_lists.check_sizes(halves, args.images)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run
 
 from datasets.arrays import QUERY
 from pre_process import raw_lists
-from pre_process.raw_lists import Split
+from pre_process.raw_lists import Half
 from pre_process.script import option_parser, write
 from utils.errors import UserError, run_script
 
@@ -44,14 +44,14 @@ def images_of(file: Path) -> Path:
     return raw / "Img" if (raw / "Img" / "img").is_dir() else raw
 
 
-def read_list(file: Path, images: Path) -> list[Split]:
+def read_list(file: Path, images: Path) -> list[Half]:
     """Read the training half, and the test half with its roles, each in the order of the list.
 
     Labels are the numbers of the items. Raises UserError that names file and line for a malformed
     list, and for another number of images than its first line says.
     """
-    training = Split("training", [], [])
-    test = Split("validation", [], [], roles=[])
+    training = Half("training", [], [])
+    test = Half("validation", [], [], roles=[])
     lines = raw_lists.read_lines(file, ADVICE)
     rows = raw_lists.read_columns(lines[1:], COLUMNS)
     for (name, item, status), place in rows:

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
 from pre_process import raw_lists
-from pre_process.raw_lists import Split
+from pre_process.raw_lists import Half
 from pre_process.script import option_parser, write
 from utils.errors import run_script
 
@@ -37,7 +37,7 @@ def main() -> None:
     write("sop", splits, home, args)
 
 
-def read_half(name: str, file: Path) -> Split:
+def read_half(name: str, file: Path) -> Half:
     """Read the images of a list and their official classes (1-22634), in its order.
 
     Any subset of the images will do. Raises UserError that names file and line for a list that is
@@ -50,7 +50,7 @@ def read_half(name: str, file: Path) -> Split:
     ):
         paths.append(raw_lists.image_path(file.parent, image, place))
         labels.append(raw_lists.read_class(label, N_CLASSES, place))
-    return Split(name, paths, labels)
+    return Half(name, paths, labels)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from utils.errors import UserError
 MEND = "restore the list from the original archive"
 
 
-class Split(NamedTuple):
+class Half(NamedTuple):
     """One half of a data set: row i of its arrays is made from `sources[i]`."""
 
     name: str  # "training" or "validation"
@@ -21,7 +21,7 @@ class Split(NamedTuple):
     classes: Sequence[str] = ()  # names of the classes for that list, class 1 first
     roles: Sequence[int] = ()  # query 0, gallery 1; none: every image searches all others
 
-    def keep(self, rows: Sequence[int], name: str = "") -> Split:
+    def keep(self, rows: Sequence[int], name: str = "") -> Half:
         """Return the split of these rows alone, under another name if that is not empty."""
         chosen = {
             field: [values[row] for row in rows]
@@ -67,7 +67,7 @@ def read_lines(file: Path, advice: str) -> list[tuple[str, str]]:
 
 
 def read_columns(lines: Sequence[tuple[str, str]], columns: str) -> list[tuple[list[str], str]]:
-    """Split the lines of `read_lines` into columns; the last column takes the rest of its line.
+    """Half the lines of `read_lines` into columns; the last column takes the rest of its line.
 
     Args:
         columns: their names with blanks between them; a line of just these names is left out.
@@ -111,7 +111,7 @@ def check_images_exist(paths: Sequence[Path]) -> None:
         )
 
 
-def check_sizes(splits: Sequence[Split], source: Path) -> None:
+def check_sizes(splits: Sequence[Half], source: Path) -> None:
     """Raise UserError that names `source` unless each half has two images."""
     for split in splits:
         count = len(split.sources)
@@ -119,7 +119,7 @@ def check_sizes(splits: Sequence[Split], source: Path) -> None:
             raise UserError(f"{source}: {count} images in the {split.name} half; 2 are needed")
 
 
-def check_disjoint(splits: Sequence[Split], source: Path) -> None:
+def check_disjoint(splits: Sequence[Half], source: Path) -> None:
     """Raise UserError that names `source` for too few images, and for a class in both halves."""
     check_sizes(splits, source)
     shared = set.intersection(*(set(split.labels) for split in splits))
@@ -129,12 +129,12 @@ def check_disjoint(splits: Sequence[Split], source: Path) -> None:
 
 def halves_by_class(
     sources: Sequence[Any], labels: Sequence[int], n_training: int, source: Path
-) -> list[Split]:
-    """Split a data set zero-shot: classes 1..`n_training` train, the others are never seen.
+) -> list[Half]:
+    """Half a data set zero-shot: classes 1..`n_training` train, the others are never seen.
 
     Order is kept. Raises UserError that names `source` unless each half has two images.
     """
-    everything = Split("", sources, labels)
+    everything = Half("", sources, labels)
     training = [row for row, label in enumerate(labels) if label <= n_training]
     validation = [row for row, label in enumerate(labels) if label > n_training]
     splits = [everything.keep(training, "training"), everything.keep(validation, "validation")]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.arrays import DEFAULT_IMAGE_SIZE, QUERY, SMALLEST_IMAGE_SIZE, UNLABELED
-from pre_process.raw_lists import Split
+from pre_process.raw_lists import Half
 from pre_process.writer import MakeRow, Written, read_image, write_splits
 from utils.options import Parser, path_name, whole
 
@@ -54,7 +54,7 @@ def home_of(dataset: str, data_dir: Path) -> Path:
 
 def write(
     dataset: str,
-    splits: Sequence[Split],
+    splits: Sequence[Half],
     home: Path,
     args: argparse.Namespace,
     make_row: MakeRow = read_image,

@@ -16,7 +16,7 @@ import numpy as np
 
 from datasets.images import UnreadableError, decode_image
 from pre_process.pool import worker_pool
-from pre_process.raw_lists import Split, check_sizes
+from pre_process.raw_lists import Half, check_sizes
 from utils.errors import UserError
 from utils.files import check_writable, disk_faults, made_folder, written_whole
 from utils.progress import progress
@@ -34,7 +34,7 @@ class Written(NamedTuple):
     """A half that was written."""
 
     file: Path  # of the images
-    split: Split  # without the rows that were left out
+    split: Half  # without the rows that were left out
     unreadable: list[tuple[Any, str]]  # source and reason of each row that was left out
     seconds: float
 
@@ -52,7 +52,7 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
 
 def write_splits(
     dataset: str,
-    splits: Sequence[Split],
+    splits: Sequence[Half],
     out_dir: Path,
     make_row: MakeRow,
     image_size: int,
@@ -95,7 +95,7 @@ def write_splits(
 
 
 def write_split(
-    files: ExitStack, stem: Path, split: Split, image_size: int, rows: Iterable[np.ndarray | str]
+    files: ExitStack, stem: Path, split: Half, image_size: int, rows: Iterable[np.ndarray | str]
 ) -> Written:
     """Write the files of one split, which appear when `files` is left.
 
@@ -124,7 +124,7 @@ def write_split(
 
 
 def write_images(
-    path: Path, split: Split, image_size: int, rows: Iterable[np.ndarray | str]
+    path: Path, split: Half, image_size: int, rows: Iterable[np.ndarray | str]
 ) -> dict[int, str]:
     """Write the readable rows into an .npy file; returns number and reason of the others."""
     n_rows = len(split.sources)
@@ -162,7 +162,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.writerows(rows)
 
 
-def path_rows(split: Split) -> Iterator[tuple[str, str]]:
+def path_rows(split: Half) -> Iterator[tuple[str, str]]:
     """Give path and class name of every row; the name is empty if there are no classes."""
     for path, label in zip(split.paths, split.labels, strict=True):
         yield path, split.classes[label - 1] if split.classes else ""

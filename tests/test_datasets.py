@@ -12,7 +12,7 @@ from synthetic import shapes, write_dataset, write_split
 
 from datasets.arrays import UNLABELED, Split, beside, load_split
 from datasets.views import (
-    Crops,
+    CropPlan,
     EpochPlan,
     center_crops,
     crop_size,
@@ -248,7 +248,7 @@ def test_crop_size():
 def test_a_crop_is_a_square_perhaps_mirrored():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
-    crops = Crops(*rng.integers(0, 5, (3, 40)), rng.random(40) < 0.5)
+    crops = CropPlan(*rng.integers(0, 5, (3, 40)), rng.random(40) < 0.5)
     patches = cut_crops(images, crops, 16)
     assert patches.dtype == np.uint8 and patches.shape == (40, 16, 16, 3)
     for patch, row, top, left, flip in zip(patches, *vars(crops).values(), strict=True):

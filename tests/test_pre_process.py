@@ -232,7 +232,7 @@ def test_a_disk_that_fills_up_on_the_way(root, tmp_path):
 
 
 def test_a_row_of_another_shape_is_a_mistake_of_the_script(tmp_path):
-    rows = writer.Split("training", [1, 2], [1, 2])
+    rows = writer.Half("training", [1, 2], [1, 2])
     with pytest.raises(ValueError, match=r"1 made a row of shape \(3,\) and type uint8"):
         writer.write_splits("x", [rows], tmp_path, lambda *_: np.zeros(3, np.uint8), 8)
     assert list(tmp_path.iterdir()) == []
