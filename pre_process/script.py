@@ -31,7 +31,7 @@ def option_parser(dataset: str, description: str, image_size: int = DEFAULT_IMAG
     add = parser.add_argument_group("work").add_argument
     size = whole(SMALLEST_IMAGE_SIZE, LARGEST_IMAGE_SIZE)
     add("--image_size", type=size, default=image_size, help="side of the images that are written")
-    add("--workers", type=whole(1, 1024), default=usable_cores(), help="processes")
+    add("--workers", type=whole(1, 1024), default=usable_cores(), help="threads")
     return parser
 
 

@@ -66,7 +66,7 @@ def write_splits(
     all are complete; a failure or a signal leaves the older ones as they were and nothing else.
 
     Args:
-        workers: processes that make rows; with 1 it is this one. The files do not depend on it.
+        workers: threads that make rows. The files do not depend on it.
         skip_bad: leave out the rows for which `make_row` raises `UnreadableError` and list them in
             `<dataset>_<size>resized_unreadable.csv`.
 

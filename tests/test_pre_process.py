@@ -280,22 +280,6 @@ def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """List the processes that `process` decodes in."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        pytest.skip("needs /proc to see a process's children")
-    ids = children.read_text().split()
-    return [int(pid) for pid in ids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 STOPS = [(signal.SIGINT, 1, 130), (signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 143)]
 
 
@@ -311,25 +295,6 @@ def test_a_stop_leaves_nothing(number, workers, status, long_run, tmp_path):
     assert process.returncode == status
     assert err.count("\n") == 1 and "interrupted" in err
     assert_only_old_files(tmp_path / "out", 256)
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_an_error(long_run, tmp_path):
-    process = long_run(2)
-    os.kill(workers_of(process)[0], signal.SIGKILL)
-    _, err = process.communicate(timeout=20)
-    failed(Outcome(process.returncode, "", err), "a worker process died", "fewer workers")
-    assert_only_old_files(tmp_path / "out", 256)
-
-
-@pytest.mark.slow
-def test_workers_end_with_a_killed_parent(long_run):
-    process = long_run(2)
-    workers = workers_of(process)
-    assert len(workers) == 2
-    process.kill()
-    process.wait()
-    wait_until(lambda: not any(is_running(pid) for pid in workers), seconds=10)
 
 
 PEAK_OF_CHILD = """
