@@ -91,8 +91,9 @@ class STML(Method):
         """Mine the neighbors of each image, by the student's large embedding if it has one."""
         if self.neighbors is not None:
             pooled, embeddings = features()
-            space = self.comparable(pooled, embeddings)
-            if self.large is not None:
+            if self.large is None:
+                space = self.comparable(pooled, embeddings)
+            else:
                 with torch.no_grad():
                     space = self.large(pooled.to(self.device))
             self.neighbors.copy_(self.mine(space, self.neighbors.shape[1]))
