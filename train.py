@@ -14,15 +14,24 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from datasets.arrays import Split, load_split
-from datasets.views import EpochPlan, center_crops, crop_size, images_on, two_view_batches
+from datasets.views import (
+    EpochPlan,
+    center_crops,
+    crop_size,
+    images_on,
+    part_crops,
+    two_view_batches,
+)
 from methods import METHODS
 from models import BACKBONES, Pooling, build_model, check_crop_size, pooled_width
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head
+from models.start import score_starts
 from recipes import add_method_options, fit_to_data, others_help, read_layers
 from utils import options
 from utils.devices import choose_device, compute_deterministically, memory_faults
@@ -30,7 +39,7 @@ from utils.distributed import Processes, joined
 from utils.errors import run_script
 from utils.evaluation import check_classes, score, why_no_nmi
 from utils.events import EventFile
-from utils.features import extract_features
+from utils.features import extract_features, pooled_features
 from utils.logs import log, log_epoch, log_start, log_summary, start_log
 from utils.options import Parser, folder_name, name_of, path_name, real, whole
 from utils.progress import progress
@@ -38,6 +47,7 @@ from utils.runs import RunFolder, State, check_finite
 from utils.schedules import SCHEDULES, learning_rate
 from utils.signals import Stopped, StopRequest
 
+START_IMAGES = 800  # whose parts are looked at to choose a start
 CHECK_EVERY = 20  # steps between looks at the loss, for which a GPU has to wait
 REFUSED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -64,13 +74,15 @@ def make_parser(method: str) -> Parser:
     add("--dataset", type=folder_name, default="cub200", help="cub200, car196, or another name")
     add("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
     add("--image_size", type=whole(8), help="which pre-processed size, if there are several")
+    add("--n_images", type=whole(2), help="train on so many images, drawn by --seed (default: all)")
     group = parser.add_argument_group("network")
     add = group.add_argument
     add("--backbone", type=name_of(BACKBONES, "timm:"), default="googlenet", help="or timm:NAME")
     add("--weights", type=path_name, default="auto", help="auto (ImageNet), none (random), or FILE")
     add("--low_dim", type=whole(2, 65536), default=128, help="D, size of the embedding")
     options.add_pooling(group)
-    add("--head_init", type=name_of(("random", *HEADS)), default="random", help="start of the head")
+    heads = name_of(("random", *HEADS, "auto"))
+    add("--head_init", type=heads, default="random", help="auto: chosen by the images")
     add("--whiten_power", type=real(0), default=0.5, help="of the head: 0 is PCA, 1 whitening")
     add("--refit_head", action=flag, default=False, help="closed form again after each epoch")
     add(
@@ -81,6 +93,7 @@ def make_parser(method: str) -> Parser:
     )
     add = parser.add_argument_group("optimization").add_argument
     add("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores the start and saves it")
+    add("--min_images", type=whole(0), default=0, help="with fewer, --n_epoch is 0 unless given")
     add("--batch_size", type=whole(1), default=64, help="m, images a batch, of all processes")
     add("--optimizer", type=name_of(("sgd", "adamw")), default="sgd", help="plain SGD, or AdamW")
     add("--lr", type=real(0, above=True), default=0.001, help="learning rate")
@@ -134,8 +147,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--refit_power goes with --refit_head")
     if {"whiten_power", "refit_power"} & args.given and args.head_init != "whiten":
         parser.error("--whiten_power and --refit_power go with --head_init whiten")
-    if args.refit_power is None:
-        args.refit_power = args.whiten_power
     args.model_name = args.model_name or f"CBSwR_{NAMES.get(args.dataset, args.dataset)}"
     return args
 
@@ -161,10 +172,14 @@ class Job:
         self.held_out = None
         if args.val_classes:
             self.training, self.held_out = self.training.hold_out(args.val_classes)
+        if args.n_images:
+            self.training = self.training.sample(args.n_images, args.seed)
+        check_crop_size(args.backbone, crop_size(size))
+        self.pooled: Tensor | None = None  # of the training images, by the network as it is
+        changes = self.choose_start() if args.head_init == "auto" else []
         pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
         width = pooled_width(args.backbone, pooling)
-        changes = fit_to_data(args, len(self.training), width, processes.count)
-        check_crop_size(args.backbone, crop_size(size))
+        changes += fit_to_data(args, len(self.training), width, processes.count)
         self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
         shared = {name: v for name, v in self.config.items() if name not in MACHINE}
         processes.check_same(shared | self.data)
@@ -187,7 +202,6 @@ class Job:
         self.optimizer = make(self.method.parameter_groups(args.lr), lr=args.lr)
         self.parts = {"model": self.model, "method": self.method, "optimizer": self.optimizer}
         self.images = images_on(self.device, self.training.images, args.data_on)
-        self.pooled: Tensor | None = None  # of the training images, by the network as it is
         self.state = run.restore(saved, self.parts, self.device) if saved else State()
         self.events = None
         if processes.is_first:
@@ -196,6 +210,43 @@ class Job:
             changes.insert(0, f"{self.training} to train on, {self.test} to test on")
             log_start(args, self.device, changes)
             self.events = EventFile(run.path, self.state.epoch) if args.tensorboard else None
+
+    def choose_start(self) -> list[str]:
+        """Choose stripes and head that fit the training images, and put them into the options.
+
+        Returns what was measured, a sentence for each pooling.
+        """
+        args, share = self.args, self.processes.share
+        stripes = list(dict.fromkeys(["1", args.stripes]))
+        poolings = [Pooling.parse(args.layers, args.pool, True, text) for text in stripes]
+        torch.manual_seed(args.seed)  # random weights are those of the network that is trained
+        model = build_model(args.backbone, weights=args.weights, pooling=poolings[-1])
+        model = model.to(self.device, memory_format=torch.channels_last)
+
+        def pooled(crops: Iterable[Tensor], n_images: int, flip: bool, title: str) -> list[Tensor]:
+            n_batches = n_images / (args.test_batch * self.processes.count)
+            batches = progress(crops, n_batches, title)
+            return pooled_features(model, batches, poolings, args.precision, self.processes, flip)
+
+        n_images = len(self.training)
+        crops = center_crops(self.training, args.test_batch, args.workers, share)
+        features = pooled(crops, n_images, args.flip_eval, "features for the start")
+        index = np.random.default_rng([args.seed, 0]).permutation(n_images)[:START_IMAGES]
+        crops = part_crops(self.training, index, args.seed, args.test_batch, args.workers, share)
+        parts = pooled(crops, len(index), False, "parts of images")
+        starts = self.processes.by_first(
+            lambda: score_starts(features, parts, torch.from_numpy(index), args.low_dim)
+        )
+        best = max(starts, key=lambda start: start.score)
+        self.pooled = features[best.pooling]
+        args.stripes = stripes[best.pooling]
+        args.head_init = best.kind
+        args.whiten_power = best.power
+        lines = [f"start: {best}, stripes {args.stripes}; found again by each start, in percent:"]
+        for number, text in enumerate(stripes):
+            scores = (f"{s} {100 * s.score:.1f}" for s in starts if s.pooling == number)
+            lines.append(f"stripes {text}: {', '.join(scores)}")
+        return lines
 
     def save(self, best: bool = False) -> None:
         """Write the checkpoint, unless weights are not finite."""
@@ -219,11 +270,11 @@ class Job:
         batches = progress(crops, n_batches, title)
         return extract_features(self.model, batches, args.precision, self.processes, args.flip_eval)
 
-    def fit_head(self, power: float, fill: bool = False) -> None:
+    def fit_head(self, power: float) -> None:
         """Give the embedding head its closed form, by the features of the training images."""
         args = self.args
         pooled, _ = self.features()
-        head = closed_form_head(pooled, args.low_dim, args.head_init, power, fill)
+        head = closed_form_head(pooled, args.low_dim, args.head_init, power)
         self.model.set_head(*self.processes.from_first(head))
         self.method.head_changed()
         self.forget_moments(self.model.feat_ext.parameters())
@@ -317,7 +368,7 @@ def train(job: Job) -> None:
         row = train_epoch(job, epoch)
         with job.stop.at_once(), state.timed("evaluate"):
             if args.refit_head:
-                job.fit_head(args.refit_power, fill=True)
+                job.fit_head(args.whiten_power if args.refit_power is None else args.refit_power)
             if epoch % args.interval == 0 or epoch == args.n_epoch:
                 row |= job.evaluate()
         n_views = 2 * state.step * args.batch_size

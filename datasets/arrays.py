@@ -91,6 +91,17 @@ class Split:
         is_held = self.labels >= self.classes[-n_classes]
         return self._part(~is_held), self._part(is_held)
 
+    def sample(self, n_images: int, seed: int) -> Split:
+        """Return so many images, drawn at random, in their order.
+
+        Raises UserError if there are fewer.
+        """
+        if n_images > len(self):
+            raise UserError(f"{self.path}: has {len(self)} images to train on, not {n_images}")
+        mask = np.zeros(len(self), bool)
+        mask[np.random.default_rng(seed).permutation(len(self))[:n_images]] = True
+        return self._part(mask)
+
     def _part(self, mask: np.ndarray) -> Split:
         return replace(self, rows=self.rows[mask], labels=self.labels[mask])
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import resized_crop
 
 from datasets.arrays import Split
 from utils.errors import UserError
@@ -193,6 +194,51 @@ def center_crops(
 
     part, n_parts = share
     starts = range(part * batch_size, len(split), n_parts * batch_size)
+    yield from read_ahead(cut, starts, workers)
+
+
+def part_crops(
+    split: Split,
+    index: np.ndarray,
+    seed: int,
+    batch_size: int,
+    workers: int = 1,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Tensor]:
+    """Iterate parts of images, enlarged to crops, in batches uint8 (<= 4 batch_size, crop, crop,
+    3).
+
+    The parts of an image are its left and its right side (squares of 60 % of its side, at middle
+    height), and two random squares of 15 to 50 % of its area, mirrored or not.
+
+    Args:
+        index: numbers of the images; the four parts of an image follow each other.
+        share: as of `center_crops`.
+    """
+    rng = np.random.default_rng([seed, 0])
+    size = split.image_size
+    sides = np.full((len(index), 4), 0.6)
+    sides[:, 2:] = np.sqrt(rng.uniform(0.15, 0.5, (len(index), 2)))
+    places = rng.random((len(index), 4, 2))  # top and left, as shares of the room that is left
+    places[:, :2] = [(0.5, 0.0), (0.5, 1.0)]
+    mirrored = rng.random((len(index), 4)) < 0.5
+    mirrored[:, :2] = False
+    sides = (sides * size).round().astype(int)
+    corners = (places * (size - sides[..., None])).round().astype(int)
+
+    def cut(start: int) -> Tensor:
+        crops = []
+        for image in range(start, min(start + batch_size, len(index))):
+            pixels = torch.from_numpy(split.images[split.rows[index[image]]].copy())
+            pixels = pixels.permute(2, 0, 1)
+            for part in range(4):
+                (top, left), side = corners[image, part], sides[image, part]
+                crop = resized_crop(pixels, top, left, side, side, [crop_size(size)] * 2)
+                crops.append(crop.flip(2) if mirrored[image, part] else crop)
+        return torch.stack(crops).permute(0, 2, 3, 1)
+
+    part, n_parts = share
+    starts = range(part * batch_size, len(index), n_parts * batch_size)
     yield from read_ahead(cut, starts, workers)
 
 

@@ -181,7 +181,7 @@ def complete(run: PlannedRun, dim: int | None) -> dict:
     record_path = folder / f"record{suffix}.json"
     if record_path.exists():
         record = read_json(record_path)
-        if record["options"].get("n_epoch") in (None, run.options.n_epoch):
+        if record["options"].get("n_epoch") in (None, 0, run.options.n_epoch):
             return record
     tested = {name: options[name] for name in FROZEN_WITH}
     recorded = tested
@@ -226,7 +226,7 @@ def train_to_end(run: PlannedRun) -> None:
         raise UserError(f"{run.folder}: has {n_done} epochs, not {n_epoch}; choose another --name")
     if not (run.folder / CONFIG).exists():
         call("train.py", *run.words)
-    elif n_done < n_epoch:
+    elif n_done < n_epoch and n_done != 0:  # 0: too few images to train
         changed = {"n_epoch": n_epoch, "data_dir": run.options.data_dir}
         call("train.py", f"--resume={run.folder}", *as_words(changed))
 

@@ -1,49 +1,80 @@
-"""An embedding head in closed form: PCA or whitening of pooled features, without labels."""
+"""An embedding head in closed form, from pooled features without labels."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from utils.errors import UserError
 
-NOISE = 1e-5  # singular values below this share of the largest one are noise
-HEADS = ("pca", "whiten")
+HEADS = ("svd", "pca", "whiten")
+RIDGE = 0.1  # added to all variances, as a share of their mean: few images underestimate small ones
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The directions in which pooled features (N, C) vary.
+
+    Attributes:
+        mean: (C,) that was subtracted.
+        variances: (C,) the largest first.
+        directions: (C, C) a row each.
+    """
+
+    mean: Tensor
+    variances: Tensor
+    directions: Tensor
+
+    @staticmethod
+    def of(pooled: Tensor, centered: bool = True) -> Spectrum:
+        """Compute the spectrum of features (N, C), around their mean or around zero."""
+        x = pooled.double().cpu()
+        mean = x.mean(0) if centered else torch.zeros_like(x[0])
+        variances, directions = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
+        return Spectrum(mean, variances.clamp(min=0).flip(0), directions.T.flip(0))
+
+    def head(self, low_dim: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return weight (D, C) and bias (D,) that whiten to a power, see `closed_form_head`."""
+        deviations = (self.variances + RIDGE * self.variances.mean()).sqrt()
+        scales = deviations[:low_dim] ** -power
+        scales = scales / (self.variances[:low_dim] * scales.square()).sum().sqrt()
+        weight = self.directions[:low_dim]
+        signs = weight.gather(1, weight.abs().argmax(1, keepdim=True)).sign()
+        weight = weight * signs * scales[:, None]
+        return weight.float(), -(weight @ self.mean).float()
+
+
+def head_size(low_dim: int, n_images: int, width: int) -> int:
+    """Return D of a head for features of a width C: low_dim, but C for no more images than that.
+
+    The directions in which no image varies have no order, so that none of them may be left out.
+    """
+    return width if n_images <= low_dim else min(low_dim, width)
 
 
 @torch.no_grad()
 def closed_form_head(
-    pooled: Tensor, low_dim: int, kind: str, power: float = 0.5, fill: bool = False
+    pooled: Tensor, low_dim: int, kind: str, power: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """Return the linear map of pooled features (N, C) to D = low_dim dimensions.
 
-    The map subtracts the mean and projects on the principal directions. "whiten" also divides each
-    direction by its singular value to the power of `power`: 0 is PCA, 1 whitening. It is scaled so
-    that its results have a mean square length of 1; the sign of a direction is that of its largest
-    weight. The first d rows are, up to scale, the head for d dimensions.
+    "svd" projects on the singular directions, which keeps the angles between features (exactly, if
+    D = C). "pca" subtracts the mean first and projects on the principal directions. "whiten" also
+    divides each direction by its standard deviation to the power of `power`: 0 is PCA, 1 whitening.
+    A direction in which no image varies has the standard deviation of the ridge, so that D may
+    exceed N (see `head_size`).
 
-    Args:
-        fill: fill rows with zeros if the features have fewer than D directions.
+    The map is scaled so that its results have a mean square length of 1; the sign of a direction
+    is that of its largest weight. The first d rows are, up to scale, the head for d dimensions.
 
-    Returns weight (D, C) and bias (D,), float32. Raises UserError if the features have fewer than
-    D directions, without `fill`.
+    Returns weight (D, C) and bias (D,), float32. Raises UserError if D exceeds C.
     """
-    x = pooled.double().cpu()
-    mean = x.mean(0)
-    squares, directions = torch.linalg.eigh((x - mean).T @ (x - mean))  # ascending
-    singular = squares.clamp(min=0).sqrt().flip(0)
-    n_directions = int((singular > NOISE * singular[0]).sum())
-    if n_directions < low_dim and not fill:
+    if low_dim > pooled.shape[1]:
         raise UserError(
-            f"the pooled features of {len(x)} images have {n_directions} directions, fewer than "
-            f"the {low_dim} dimensions of the embedding; give fewer dimensions, or pool more "
-            "layers"
+            f"the pooled features have {pooled.shape[1]} numbers, fewer than the {low_dim} "
+            "dimensions of the embedding; give fewer dimensions, or pool more layers"
         )
-    rank = min(low_dim, n_directions)
-    weight = directions.T.flip(0)[:rank]  # (rank, C)
-    if kind == "whiten":
-        weight = weight / singular[:rank, None] ** power
-    weight = weight * weight.gather(1, weight.abs().argmax(1, keepdim=True)).sign()
-    weight = weight / ((x - mean) @ weight.T).square().sum(1).mean().sqrt()
-    weight = torch.cat([weight, weight.new_zeros(low_dim - rank, weight.shape[1])])
-    return weight.float(), -(weight @ mean).float()
+    spectrum = Spectrum.of(pooled, centered=kind != "svd")
+    return spectrum.head(low_dim, power if kind == "whiten" else 0.0)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from methods import METHODS
+from models.closed_form import head_size
 from utils.errors import UserError
 from utils.options import Parser, nearest_hint, read_json_object
 from utils.runs import CONFIG
@@ -95,20 +96,23 @@ def _read_run(run: Path) -> tuple[str, dict]:
 def fit_to_data(
     args: argparse.Namespace, n_images: int, pooled_width: int, n_processes: int
 ) -> list[str]:
-    """Shrink numbers that nobody gave on the command line to what the training images allow.
+    """Fit numbers that nobody gave on the command line to what the training images allow.
 
     Returns a sentence for each. Raises UserError for a given batch size that does not fit.
     """
     changes = []
-    limits = {"n_cluster": n_images}
+    fitting = {"n_cluster": min(n_images, getattr(args, "n_cluster", 0))}
     if args.head_init != "random":
-        limits["low_dim"] = min(n_images - 1, pooled_width)
+        fitting["low_dim"] = head_size(args.low_dim, n_images, pooled_width)
     group = getattr(args, "group", 1) * n_processes
-    limits["batch_size"] = max(group, n_images // group * group)
-    for name, limit in limits.items():
-        if name in args and name not in args.given and getattr(args, name) > limit:
-            changes.append(f"{name} {getattr(args, name)} is {limit} for {n_images} images")
-            setattr(args, name, limit)
+    fitting["batch_size"] = min(args.batch_size, max(group, n_images // group * group))
+    if n_images < args.min_images:
+        fitting["n_epoch"] = 0  # the start is kept, nothing is trained
+    for name, value in fitting.items():
+        is_chosen = args.resume or name in args.given
+        if name in args and not is_chosen and getattr(args, name) != value:
+            changes.append(f"{name} {getattr(args, name)} is {value} for {n_images} images")
+            setattr(args, name, value)
     if args.batch_size > n_images:
         raise UserError(f"batch_size {args.batch_size}: there are {n_images} training images")
     if args.batch_size % n_processes:

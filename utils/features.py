@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from utils.distributed import ALONE, Processes
 from utils.errors import DivergedError
@@ -15,6 +16,35 @@ from utils.errors import DivergedError
 def network_autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which a network runs: bfloat16 for "bf16", nothing for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.inference_mode()
+def pooled_features(
+    model: Any,
+    batches: Iterable[Tensor],
+    poolings: Sequence[Any],
+    precision: str = "fp32",
+    processes: Processes = ALONE,
+    flip: bool = False,
+) -> list[Tensor]:
+    """Compute the features (N, C) of images by each of several poolings, float32 on the CPU.
+
+    Args:
+        batches: as in `extract_features`.
+        poolings: of layers that the model pools, as `models.Pooling`.
+        flip: average the pooled features of image and mirror image.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    pooled: list[list[Tensor]] = [[] for _ in poolings]
+    for batch in batches:
+        with network_autocast(device, precision):
+            inputs = model.normalization(batch.to(device, non_blocking=True))
+            images = [inputs, inputs.flip(3)] if flip else [inputs]
+            views = [model.maps(image) for image in images]
+            for rows, pooling in zip(pooled, poolings, strict=True):
+                rows.append(F.normalize(sum(map(pooling, views)), dim=1).float().cpu())
+    return [processes.gather_batches(rows) for rows in pooled]
 
 
 @torch.inference_mode()

@@ -37,7 +37,8 @@ def start_log(folder: Path, name: str) -> None:
 
 def log_start(args: argparse.Namespace, device: torch.device, remarks: list[str]) -> None:
     """Log what is trained on what, and remarks about it."""
-    log.info(f"{args.dataset}: {'; '.join(remarks)}")
+    for remark in remarks:
+        log.info(f"{args.dataset}: {remark}")
     log.info(f"recipe {args.recipe}: {args.backbone} on {device} in {args.precision}")
     if args.precision == "bf16" and not has_fast_bf16(device):
         log.info("this processor has no bfloat16 instructions: bf16 is slower than fp32 here")

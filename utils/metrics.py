@@ -51,6 +51,20 @@ def _as_labels(labels: Labels, count: int) -> np.ndarray:
     return array
 
 
+def mean_reciprocal_rank(first: Tensor, second: Tensor) -> float:
+    """Return how well rows find their partners: 1 if always first, 1/2 if always second, ...
+
+    Args:
+        first: (N, D) of unit length.
+        second: (N, D) of unit length, the partners in the same order. Rows of each side search all
+            rows of the other, and the ranks of both directions count.
+    """
+    similarity = first @ second.T
+    of_partner = similarity.diagonal()
+    ranks = [1 + (s > of_partner[:, None]).sum(1) for s in (similarity, similarity.T)]
+    return float((1 / torch.cat(ranks).double()).mean())
+
+
 def recall_at_k(
     embeddings: Tensor | np.ndarray,
     labels: Labels,

@@ -1,0 +1,204 @@
+"""Score what the recipe starts from, with 60, 150, ... images to fit it to.
+
+    python experiments/few_images.py --dataset cub200 car196 --own my_photos
+
+For each number of images, random subsets of the training half choose their start without labels, as
+train.py does with --head_init auto, and the test half is scored: by frozen features (the last two
+stages, generalized mean, mirror average), by the start that was chosen, and by one fixed start for
+all, whitened to a power of 0.6 with stripes. With --own a data set is a person's photos: subsets
+are drawn from both halves, and all images are scored. The table says, too, how well the measure of
+the choice ranks all starts of a subset, compared with their R@1 (Spearman).
+
+OUT_DIR/few_images_SIZEpx_BACKBONE.json holds all scores, .md the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
+
+import train
+from benchmarks.paired import machine
+from datasets.arrays import Split, load_split
+from datasets.views import center_crops, part_crops
+from models import Pooling, build_model
+from models.closed_form import closed_form_head, head_size
+from models.start import Start, score_starts
+from utils.devices import choose_device
+from utils.errors import UserError, run_script
+from utils.evaluation import score, why_no_nmi
+from utils.features import pooled_features
+from utils.files import check_writable, write_json, written_whole
+from utils.options import Parser, add_machine, add_precision, folder_name, path_name, whole
+from utils.progress import progress
+
+FIXED = Start(pooling=1, kind="whiten", power=0.6, score=0.0)
+HEADS = ["images to fit to", "frozen", "chosen start", "whiten 0.6 with stripes for all"]
+HEADS += ["chosen", "rank correlation"]
+
+
+def make_parser() -> Parser:
+    """Make the parser of the options."""
+    parser = Parser("Score what the recipe starts from, by how many images there are.")
+    add = parser.add_argument
+    add("--dataset", nargs="*", type=folder_name, default=[], help="a part of the table")
+    add("--own", nargs="*", type=folder_name, default=[], help="a person's photos: both halves")
+    add("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
+    add("--image_size", type=whole(8), help="which pre-processed size, if there are several")
+    add("--backbone", default="resnet18", help="as of train.py")
+    add("--weights", type=path_name, default="auto", help="auto (ImageNet), none (random), or FILE")
+    sizes = [60, 150, 500, 1500, 5000]
+    add("--sizes", nargs="+", type=whole(8), default=sizes, help="of images; all comes last")
+    add("--subsets", type=whole(1), default=3, help="random subsets of each number")
+    add("--out_dir", type=path_name, default="misc/results", help="folder of the results")
+    add_precision(add_machine(parser))
+    return parser
+
+
+class Features:
+    """Features of a data set by both poolings: of its images, and of their parts."""
+
+    def __init__(self, args: argparse.Namespace, dataset: str, seed: int = 0) -> None:
+        """Compute them."""
+        names = ("training", "validation")
+        halves = [load_split(args.data_dir, dataset, name, args.image_size) for name in names]
+        options = train.parse_args(["--recipe=best"])
+        self.low_dim = options.low_dim
+        poolings = [
+            Pooling.parse(options.layers, options.pool, True, stripes)
+            for stripes in ("1", options.stripes)
+        ]
+        model = build_model(args.backbone, weights=args.weights, pooling=poolings[-1])
+        model = model.to(choose_device(args.device), memory_format=torch.channels_last)
+        self.size = halves[0].image_size
+        self.sets = [str(half) for half in halves]
+
+        def of_centers(half: Split) -> list[Tensor]:
+            crops = center_crops(half, args.test_batch, args.workers)
+            crops = progress(crops, len(half) / args.test_batch, half.path.name)
+            return pooled_features(model, crops, poolings, args.precision, flip=True)
+
+        def of_parts(half: Split) -> list[Tensor]:
+            crops = part_crops(half, np.arange(len(half)), seed, args.test_batch, args.workers)
+            crops = progress(crops, len(half) / args.test_batch, f"parts of {half.path.name}")
+            return pooled_features(model, crops, poolings, args.precision)
+
+        centers = [of_centers(half) for half in halves]
+        fitted = halves if dataset in args.own else halves[:1]
+        self.train = [torch.cat(parts) for parts in zip(*centers[: len(fitted)], strict=True)]
+        parts = [of_parts(half) for half in fitted]
+        self.parts = [torch.cat(half).unflatten(0, (-1, 4)) for half in zip(*parts, strict=True)]
+        is_own = dataset in args.own
+        self.test = self.train if is_own else centers[1]
+        labels = [half.labels for half in halves]
+        self.labels = np.concatenate(labels) if is_own else labels[1]
+        self.is_query = None if is_own else halves[1].is_query
+        self.frozen = self.score(self.test[0])
+
+    def embed(self, start: Start, fit_to: Tensor) -> Tensor:
+        """Embed the test images by a start that is fitted to some images."""
+        pooled = self.train[start.pooling][fit_to]
+        size = head_size(self.low_dim, *pooled.shape)
+        weight, bias = closed_form_head(pooled, size, start.kind, start.power)
+        return F.normalize(self.test[start.pooling] @ weight.T + bias, dim=1)
+
+    def score(self, embeddings: Tensor, no_nmi: str = "") -> dict:
+        """Return R@1 and, unless it is left out, NMI of the test images, in percent."""
+        no_nmi = no_nmi or why_no_nmi("auto", len(np.unique(self.labels)))
+        values = score(embeddings, self.labels, is_query=self.is_query, no_nmi=no_nmi)
+        return {name: 100 * values[name] for name in ("recall@1", "nmi") if name in values}
+
+    def subset(self, count: int, number: int) -> dict:
+        """Choose the start of a random subset, and score it beside the others."""
+        drawn = torch.from_numpy(np.random.default_rng(number).permutation(len(self.train[0])))
+        drawn = drawn[:count]
+        looked_at = torch.arange(count)[: train.START_IMAGES]
+        pooled = [features[drawn] for features in self.train]
+        parts = [features[drawn[looked_at]].flatten(0, 1) for features in self.parts]
+        starts = score_starts(pooled, parts, looked_at, self.low_dim)
+        best = max(starts, key=lambda start: start.score)
+        measured = [start.score for start in starts]
+        scores = [self.score(self.embed(start, drawn), "not asked for") for start in starts]
+        recalls = [values["recall@1"] for values in scores]
+        return {
+            "images": count,
+            "subset": number,
+            "chosen": f"{best}{', stripes' * best.pooling}",
+            "rank_correlation": float(spearmanr(measured, recalls).statistic),
+            "frozen": self.frozen,
+            "start": self.score(self.embed(best, drawn)),
+            "fixed": self.score(self.embed(FIXED, drawn)),
+        }
+
+
+def rows_of(args: argparse.Namespace, dataset: str) -> tuple[int, list[dict]]:
+    """Return the image size of a data set, and the scores of all its subsets."""
+    features = Features(args, dataset)
+    total = len(features.train[0])
+    rows = []
+    for count in [*(size for size in args.sizes if size < total), total]:
+        for number in range(args.subsets if count < total else 1):
+            row = {"dataset": dataset, "sets": features.sets, "own": dataset in args.own}
+            row |= features.subset(count, number)
+            rows.append(row)
+            frozen, start = (cell([row], name) for name in ("frozen", "start"))
+            print(f"{dataset}, {count}: {frozen} -> {start} ({row['chosen']})", flush=True)
+    return features.size, rows
+
+
+def table_of(rows: Sequence[dict]) -> str:
+    """Return a line for each data set and number of images: R@1 / NMI, means over subsets."""
+    lines = [["data set", *HEADS], ["---"] * (1 + len(HEADS))]
+    for dataset, count in dict.fromkeys((row["dataset"], row["images"]) for row in rows):
+        of_line = [row for row in rows if (row["dataset"], row["images"]) == (dataset, count)]
+        cells = [cell(of_line, name) for name in ("frozen", "start", "fixed")]
+        chosen = "; ".join(dict.fromkeys(row["chosen"] for row in of_line))
+        correlation = statistics.mean(row["rank_correlation"] for row in of_line)
+        lines.append([dataset, str(count), *cells, chosen, f"{correlation:.2f}"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace(" --- ", "---")
+
+
+def cell(rows: Sequence[dict], name: str) -> str:
+    """Return mean R@1 / NMI in percent."""
+    scores = ("recall@1", "nmi")
+    return " / ".join(
+        f"{statistics.mean(row[name][score] for row in rows):.1f}" for score in scores
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Embed each data set once, score its subsets, write."""
+    args = make_parser().parse(list(argv or sys.argv[1:]))
+    check_writable(Path(args.out_dir), "choose another --out_dir")
+    rows = []
+    sizes = set()
+    for dataset in [*args.dataset, *args.own]:
+        size, more = rows_of(args, dataset)
+        sizes.add(size)
+        rows += more
+    if len(sizes) > 1:
+        raise UserError(f"the data sets have images of {sizes} pixels; give --image_size")
+    name = args.backbone.replace(":", "_")
+    stem = f"{args.out_dir}/few_images_{sizes.pop()}px_{name}"
+    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    facts = {"backbone": args.backbone, "weights": Path(args.weights).name}
+    facts |= {"precision": args.precision, "machine": machine()}
+    write_json(f"{stem}.json", facts | {"rows": rows})
+    with written_whole(f"{stem}.md") as beside:
+        beside.write_text(table_of(rows), encoding="utf-8")
+    print(f"{stem}.json")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,74 @@
+"""Choose the start of a training without labels: the pooling, and the head in closed form.
+
+A candidate is judged by the images that its head was not fitted to: given one part of an image, at
+which place does it find another part of the same image, among parts of all those images? Frozen
+features of few or varied images are hard to improve; where they can be, this measure agrees with
+R@1 and NMI (docs/results.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.closed_form import Spectrum, head_size
+from utils.metrics import mean_reciprocal_rank
+
+POWERS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)
+FOLDS = 4
+PAIRS = ((0, 1), (2, 3))  # of parts, see datasets.views.part_crops
+
+
+@dataclass(frozen=True)
+class Start:
+    """A pooling with a head in closed form.
+
+    Attributes:
+        pooling: its number.
+        kind: of the head: "svd" for the frozen features, or "whiten".
+        power: of the whitening.
+        score: mean reciprocal rank of the part that is looked for, in [0, 1].
+    """
+
+    pooling: int
+    kind: str
+    power: float
+    score: float
+
+    def __str__(self) -> str:
+        return "frozen features" if self.kind == "svd" else f"whiten {self.power:g}"
+
+
+@torch.no_grad()
+def score_starts(
+    pooled: Sequence[Tensor], parts: Sequence[Tensor], index: Tensor, low_dim: int
+) -> list[Start]:
+    """Score all starts, the frozen features of the first pooling first.
+
+    Args:
+        pooled: of each pooling the features (N, C) of all images.
+        parts: of each pooling the features (4n, C) of the parts of n images.
+        index: (n,) the numbers of these images.
+        low_dim: D, see `head_size`.
+    """
+    heads = [("svd", 0.0), *(("whiten", power) for power in POWERS)]
+    folds = torch.arange(len(index)) % FOLDS
+    scores: dict[tuple, list[float]] = {}
+    for number, fold in product(range(len(pooled)), folds.unique()):
+        fitted_to = torch.ones(len(pooled[number]), dtype=torch.bool)
+        fitted_to[index[folds == fold]] = False
+        features = pooled[number][fitted_to]
+        size = head_size(low_dim, *pooled[number].shape)
+        held_out = parts[number].unflatten(0, (-1, 4))[folds == fold]
+        spectra = {"svd": Spectrum.of(features, centered=False), "whiten": Spectrum.of(features)}
+        for kind, power in heads:
+            weight, bias = spectra[kind].head(size, power)
+            embedded = F.normalize(held_out @ weight.T + bias, dim=2)
+            ranks = [mean_reciprocal_rank(embedded[:, a], embedded[:, b]) for a, b in PAIRS]
+            scores.setdefault((number, kind, power), []).append(sum(ranks) / len(ranks))
+    return [Start(*start, sum(values) / len(values)) for start, values in scores.items()]

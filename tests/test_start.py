@@ -1,0 +1,123 @@
+"""The start that is chosen without labels: what finds images again by their parts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from synthetic import write_dataset, write_split
+from tensors import noise
+from torch.nn import functional as F
+from training import assert_same, resumed, stopped, trained
+
+from datasets.arrays import load_split
+from datasets.views import part_crops
+from models.start import score_starts
+from utils.errors import UserError
+from utils.metrics import mean_reciprocal_rank
+
+
+def test_mean_reciprocal_rank_by_its_definition():
+    first = F.normalize(noise(7, 3), dim=1)
+    second = F.normalize(first + 0.8 * noise(7, 3, seed=1), dim=1)
+    ranks = []
+    for queries, rows in ((first, second), (second, first)):
+        for i, query in enumerate(queries):
+            order = sorted(range(7), key=lambda j: float(-query @ rows[j]))
+            ranks.append(1 + order.index(i))
+    assert mean_reciprocal_rank(first, second) == pytest.approx(np.mean([1 / r for r in ranks]))
+
+
+def features(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return features of 200 images and of their parts, with a nuisance in one direction.
+
+    It has `scale` times the variance of the 9 others, which tell an image, and differs by part.
+    """
+    images = noise(200, 10).float()
+    parts = images[:, None] + 0.5 * noise(200, 4, 10, seed=1).float()
+    images[:, 0] *= scale
+    parts[..., 0] = scale * noise(200, 4, seed=2).float()
+    return images, parts
+
+
+def test_whitening_is_chosen_where_the_largest_variance_is_noise():
+    images, parts = features(20.0)
+    starts = score_starts([images], [parts.flatten(0, 1)], torch.arange(200), 10)
+    best = max(starts, key=lambda start: start.score)
+    assert (best.kind, starts[0].kind) == ("whiten", "svd")
+    assert best.power >= 0.6
+    assert best.score > starts[0].score + 0.1
+
+
+def test_the_pooling_is_chosen_that_finds_more():
+    images, parts = features(1.0)
+    blurred = images + noise(200, 10, seed=3), parts + noise(200, 4, 10, seed=4)
+    poolings = [blurred[0].float(), images], [blurred[1].float().flatten(0, 1), parts.flatten(0, 1)]
+    starts = score_starts(*poolings, torch.arange(200), 10)
+    assert [start.pooling for start in starts] == [0] * 7 + [1] * 7
+    assert max(starts, key=lambda start: start.score).pooling == 1
+
+
+def test_few_images_and_few_parts():
+    images, parts = features(1.0)
+    for count in (2, 5):
+        starts = score_starts([images], [parts[:count].flatten(0, 1)], torch.arange(count), 10)
+        assert all(0 < start.score <= 1 for start in starts)
+
+
+def test_parts_lie_where_they_should(tmp_path):
+    ramp = np.zeros((3, 40, 40, 3), np.uint8)
+    ramp[:] = np.arange(40)[None, None, :, None]  # brighter to the right
+    write_split(tmp_path, "ramp", "training", ramp, np.arange(3))
+    split = load_split(tmp_path, "ramp", "training")
+    batches = list(part_crops(split, np.array([2, 0]), 7, batch_size=1))
+    assert [tuple(batch.shape) for batch in batches] == [(4, 35, 35, 3)] * 2
+    left, right = batches[0][:2].float().mean((1, 2, 3)).tolist()
+    assert left == pytest.approx(11.5, abs=0.5)  # columns 0 to 23
+    assert right == pytest.approx(27.5, abs=0.5)  # columns 16 to 39
+    spread = [part.max() - part.min() for part in batches[0][2:].float()]
+    assert all(40 * 0.15**0.5 - 3 < width < 40 * 0.5**0.5 + 1 for width in spread)
+    shared = [
+        batch
+        for rank in (0, 1)
+        for batch in part_crops(split, np.array([2, 0]), 7, 1, share=(rank, 2))
+    ]
+    assert all(map(torch.equal, shared, batches))
+
+
+SETTINGS = {"recipe": "best", "low_dim": None, "lr": None, "batch_size": 8}
+
+
+def test_the_recipe_keeps_its_choice(tmp_path):
+    write_dataset(tmp_path / "data")
+    run = trained(tmp_path / "data", tmp_path / "whole", n_epoch=2, **SETTINGS)
+    config = json.loads((run.run / "config.json").read_text())
+    assert config["head_init"] in {"svd", "whiten"}
+    assert config["stripes"] in {"1", "3,1"}
+    log = (run.run / f"{run.run.name}.log").read_text()
+    assert "found again by each start, in percent" in log and "stripes 3,1: frozen features" in log
+    again = stopped(tmp_path / "data", tmp_path / "stopped", 5, n_epoch=2, **SETTINGS)
+    assert_same(resumed(again), run)
+
+
+def test_few_images_keep_the_start(tmp_path):
+    write_dataset(tmp_path / "data")
+    run = trained(tmp_path / "data", tmp_path, n_epoch=None, **SETTINGS)
+    assert [row["epoch"] for row in run.rows] == [0]
+    log = (run.run / f"{run.run.name}.log").read_text()
+    assert "n_epoch 1 is 0 for 24 images" in log
+
+
+def test_training_on_a_sample(tmp_path):
+    write_dataset(tmp_path / "data")
+    split = load_split(tmp_path / "data", "tiny", "training")
+    sample = split.sample(10, seed=3)
+    assert len(sample) == 10 and set(sample.rows) < set(split.rows)
+    assert np.array_equal(split.sample(10, seed=3).rows, sample.rows)
+    assert not np.array_equal(split.sample(10, seed=4).rows, sample.rows)
+    with pytest.raises(UserError, match="images to train on, not 1000"):
+        split.sample(1000, seed=3)
+    run = trained(tmp_path / "data", tmp_path, n_images=10, n_epoch=1, batch_size=5)
+    assert "10 images" in (run.run / f"{run.run.name}.log").read_text()
