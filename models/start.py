@@ -20,6 +20,7 @@ from models.closed_form import Spectrum, head_size
 from utils.metrics import mean_reciprocal_rank
 
 POWERS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)
+FEWEST = 100  # images that can judge; fewer keep the frozen features
 FOLDS = 4
 PAIRS = ((0, 1), (2, 3))  # of parts, see datasets.views.part_crops
 
@@ -48,7 +49,7 @@ class Start:
 def score_starts(
     pooled: Sequence[Tensor], parts: Sequence[Tensor], index: Tensor, low_dim: int
 ) -> list[Start]:
-    """Score all starts, the frozen features of the first pooling first.
+    """Score all starts, the frozen features of the first pooling first, or alone for few images.
 
     Args:
         pooled: of each pooling the features (N, C) of all images.
@@ -57,6 +58,9 @@ def score_starts(
         low_dim: D, see `head_size`.
     """
     heads = [("svd", 0.0), *(("whiten", power) for power in POWERS)]
+    if len(pooled[0]) < FEWEST:
+        heads = heads[:1]
+        pooled = pooled[:1]
     folds = torch.arange(len(index)) % FOLDS
     scores: dict[tuple, list[float]] = {}
     for number, fold in product(range(len(pooled)), folds.unique()):

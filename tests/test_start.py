@@ -60,11 +60,12 @@ def test_the_pooling_is_chosen_that_finds_more():
     assert max(starts, key=lambda start: start.score).pooling == 1
 
 
-def test_few_images_and_few_parts():
+def test_few_images_keep_the_frozen_features():
     images, parts = features(1.0)
-    for count in (2, 5):
-        starts = score_starts([images], [parts[:count].flatten(0, 1)], torch.arange(count), 10)
-        assert all(0 < start.score <= 1 for start in starts)
+    for count in (2, 5, 99):
+        few = [images[:count]] * 2, [parts[:count].flatten(0, 1)] * 2
+        (start,) = score_starts(*few, torch.arange(count), 10)
+        assert (start.pooling, start.kind) == (0, "svd") and 0 < start.score <= 1
 
 
 def test_parts_lie_where_they_should(tmp_path):
@@ -91,14 +92,14 @@ SETTINGS = {"recipe": "best", "low_dim": None, "lr": None, "batch_size": 8}
 
 
 def test_the_recipe_keeps_its_choice(tmp_path):
-    write_dataset(tmp_path / "data")
+    write_dataset(tmp_path / "data", count=120)
     run = trained(tmp_path / "data", tmp_path / "whole", n_epoch=2, **SETTINGS)
     config = json.loads((run.run / "config.json").read_text())
     assert config["head_init"] in {"svd", "whiten"}
     assert config["stripes"] in {"1", "3,1"}
     log = (run.run / f"{run.run.name}.log").read_text()
     assert "found again by each start, in percent" in log and "stripes 3,1: frozen features" in log
-    again = stopped(tmp_path / "data", tmp_path / "stopped", 5, n_epoch=2, **SETTINGS)
+    again = stopped(tmp_path / "data", tmp_path / "stopped", 20, n_epoch=2, **SETTINGS)
     assert_same(resumed(again), run)
 
 
