@@ -135,11 +135,18 @@ class Features:
             "images": count,
             "subset": number,
             "chosen": f"{best}{', stripes' * best.pooling}",
-            "rank_correlation": float(spearmanr(measured, recalls).statistic),
+            "rank_correlation": rank_correlation(measured, recalls),
             "frozen": self.frozen,
             "start": self.score(self.embed(best, drawn)),
             "fixed": self.score(self.embed(FIXED, drawn)),
         }
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return Spearman's correlation, None if one side has a single value."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(spearmanr(first, second).statistic)
 
 
 def rows_of(args: argparse.Namespace, dataset: str) -> tuple[int, list[dict]]:
@@ -164,8 +171,10 @@ def table_of(rows: Sequence[dict]) -> str:
         of_line = [row for row in rows if (row["dataset"], row["images"]) == (dataset, count)]
         cells = [cell(of_line, name) for name in ("frozen", "start", "fixed")]
         chosen = "; ".join(dict.fromkeys(row["chosen"] for row in of_line))
-        correlation = statistics.mean(row["rank_correlation"] for row in of_line)
-        lines.append([dataset, str(count), *cells, chosen, f"{correlation:.2f}"])
+        ranked = [row["rank_correlation"] for row in of_line]
+        ranked = [value for value in ranked if value is not None]
+        correlation = f"{statistics.mean(ranked):.2f}" if ranked else ""
+        lines.append([dataset, str(count), *cells, chosen, correlation])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace(" --- ", "---")
 
 

@@ -201,6 +201,7 @@ def complete(run: PlannedRun, dim: int | None) -> dict:
         "options": without_folders(recorded),
         "machine": machine(),
         "last_epoch": last_epoch(folder),
+        "epochs": scored_epochs(folder),
         "scores": without_folders(read_json(scores)),
     }
     write_json(record_path, record)
@@ -273,8 +274,19 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def last_epoch(folder: Path) -> dict:
-    """Return the metrics of the last epoch that is done, {} if none is."""
+def read_epochs(folder: Path) -> list[dict]:
+    """Return the metrics of all epochs that are done."""
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return json.loads(lines[-1]) if lines else {}
+    return [json.loads(line) for line in lines]
+
+
+def last_epoch(folder: Path) -> dict:
+    """Return the metrics of the last epoch that is done, {} if none is."""
+    return (read_epochs(folder) or [{}])[-1]
+
+
+def scored_epochs(folder: Path) -> list[dict]:
+    """Return number, R@1 and NMI of all epochs that were scored."""
+    rows = [row for row in read_epochs(folder) if "recall@1" in row]
+    return [{name: row.get(name) for name in ("epoch", "recall@1", "nmi")} for row in rows]

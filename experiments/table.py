@@ -8,7 +8,8 @@ A row is a recipe, one of SPECIAL, or a title with options of train.py. Each dat
 image size has a table, DATASET_SIZEpx_BACKBONE_NAME; several have an overview, too, NAME.md. Runs
 lie in CHECKPOINT_DIR/TABLE/. The same command goes on where it was stopped: what is finished is
 kept, the rest is resumed. The last epoch is scored, by test.py. TABLE.md, .csv, .tex and .png show
-means and standard deviations; TABLE.json holds options, scores and machine of each run.
+means and standard deviations, TABLE_epochs.png every epoch; TABLE.json holds options, scores and
+machine of each run.
 """
 
 from __future__ import annotations
@@ -146,6 +147,8 @@ def write_table(
     write(f"{stem}.tex", latex(texts, about))
     write_results(stem, lines, texts, about, records)
     draw(f"{stem}.png", [row.title for row in rows], lines)
+    if any(len(record["epochs"]) > 1 for record in records):
+        draw_epochs(f"{stem}_epochs.png", records)
     return lines
 
 
@@ -239,6 +242,31 @@ def draw(path: str, titles: Sequence[str], lines: Sequence[dict]) -> None:
         axes.set_xlim(0, 112)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
+    save(figure, path)
+
+
+def draw_epochs(path: str, records: Sequence[dict]) -> None:
+    """Draw R@1 and NMI over epochs, a line for each run, dashed where nothing is trained.
+
+    All runs of a row have its color.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(DRAWN))
+    titles = list(dict.fromkeys(record["title"] for record in records))
+    for axes, (title, name) in zip(panels, DRAWN.items(), strict=True):
+        for record in records:
+            look = {"color": f"C{titles.index(record['title'])}", "label": record["title"]}
+            epochs = [row for row in record["epochs"] if row[name] is not None]
+            if len(epochs) > 1:
+                numbers = [row["epoch"] for row in epochs]
+                axes.plot(numbers, [100 * row[name] for row in epochs], **look)
+            else:
+                axes.axhline(100 * record["scores"][name], linestyle="--", **look)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(f"{title}, %")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     save(figure, path)
 
 

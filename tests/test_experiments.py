@@ -15,16 +15,15 @@ import numpy as np
 import pytest
 import torch
 from scripts import ROOT, run_in_process
-from synthetic import write_dataset, write_dataset_by_chance
+from synthetic import shapes, write_dataset_by_chance, write_split
 
-from experiments import closed_form, runs, sensitivity, table
+from experiments import few_images, runs, sensitivity, table
 from models import build_model
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ("--weights=none", "--device=cpu", "--low_dim=8", "--workers=0")
 NETWORK = ("--backbone", "resnet_small", "--device", "cpu")
-NAMES = ("recall@1", "recall@2", "recall@4", "recall@8", "nmi")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +93,15 @@ def test_the_table_is_that_of_its_runs_and_is_not_made_twice(make, data, tmp_pat
     assert "NMI and AMI by 4 clusters, faiss, best of" in made.texts["md"]
     again = make(*words)
     assert again.called == [] and again.texts == made.texts
+
+
+def test_every_epoch_is_kept_and_drawn(make, tmp_path):
+    made = make("--rows", "frozen", "paper", "--seeds", "1", train=["--n_epoch=2"])
+    frozen, paper = made.runs
+    assert frozen["epochs"] == [] and [row["epoch"] for row in paper["epochs"]] == [1, 2]
+    assert paper["epochs"][-1]["recall@1"] == pytest.approx(paper["scores"]["recall@1"])
+    drawn = tmp_path / "out" / "tiny_resnet_small_t_epochs.png"
+    assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_by_recipe_and_by_options(make):
@@ -184,44 +192,53 @@ def test_the_study_of_an_option_is_that_of_its_runs(make):
         make("--vary=n_epoch", script=sensitivity)
 
 
-def test_the_closed_form_table_has_the_scores_of_train_and_test(tmp_path):
-    write_dataset(tmp_path / "data", "toy", count=40)
+def blurred(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return images of ten classes that a network cannot tell apart wholly."""
+    images, labels = shapes(count, range(10), 32, seed)
+    noise = np.random.default_rng(seed).integers(0, 256, images.shape)
+    return (0.3 * images + 0.7 * noise).astype(np.uint8), labels
+
+
+def test_few_images_choose_and_score_as_train_does(tmp_path):
+    for half, seed in (("training", 0), ("validation", 1)):
+        write_split(tmp_path / "data", "toy", half, *blurred(150, seed))
     torch.manual_seed(3)
     torch.save(build_model("resnet_small").base_model.state_dict(), tmp_path / "w.pth")
-    network = ("--dataset", "toy", "--data_dir", str(tmp_path / "data"), *NETWORK)
+    network = ("--data_dir", str(tmp_path / "data"), *NETWORK)
     network += ("--weights", str(tmp_path / "w.pth"))
     out = tmp_path / "deeper" / "out"
-    closed_form.main([*network, "--dims", "12", "--out_dir", str(out)])
-    result = json.loads((out / "closed_form_toy_32px_resnet_small.json").read_text())
-    assert len(result["rows"]) == 6 * 2 * 4  # poolings, mirror image, heads
+    words = ("--dataset", "toy", "--sizes", "50", "120", "--subsets", "2", "--out_dir", str(out))
+    few_images.main([*network, *words])
+    result = json.loads((out / "few_images_32px_resnet_small.json").read_text())
+    counts = [(row["images"], row["subset"]) for row in result["rows"]]
+    assert counts == [(50, 0), (50, 1), (120, 0), (120, 1), (150, 0)]
+    assert [row["chosen"] for row in result["rows"][:2]] == ["frozen features"] * 2
+    correlations = [row["rank_correlation"] for row in result["rows"]]
+    assert correlations[:2] == [None, None] and all(-1 <= c <= 1 for c in correlations[2:])
 
-    def scores_of(**wanted: object) -> list[float]:
-        rows = [row for row in result["rows"] if wanted.items() <= row.items()]
-        return [rows[0][name] for name in NAMES]
-
-    words = ("--head_init=whiten", "--whiten_power=0.7", "--low_dim=12", "--layers=layer2,layer3")
-    words += ("--pool=gem", "--stripes=3,1", "--flip_eval", "--n_epoch=0", "--model_name=run")
-    run = run_in_process("train.py", *network, *words, "--checkpoint_dir", tmp_path)
+    words = ("--recipe=best", "--n_epoch=0", "--model_name=run", "--checkpoint_dir", tmp_path)
+    words += ("--head_init=whiten", "--whiten_power=0.6")
+    run = run_in_process("train.py", "--dataset=toy", *network, *words)
     assert run.code == 0, run.err
     trained = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    pooling = "gem of layer2 in 3 stripes + gem of layer3"
-    scores = scores_of(pooling=pooling, flip_eval=True, head="whiten 0.7", dimension=12)
-    assert scores == pytest.approx([trained[name] for name in NAMES])
-    assert run_in_process("test.py", *network, "--json", tmp_path / "frozen.json").code == 0
+    for name in ("recall@1", "nmi"):
+        assert result["rows"][-1]["fixed"][name] == pytest.approx(100 * trained[name])
+    words = ("--layers=last2", "--pool=gem", "--flip_eval", "--json", tmp_path / "frozen.json")
+    assert run_in_process("test.py", "--dataset=toy", *network, *words).code == 0
     frozen = json.loads((tmp_path / "frozen.json").read_text())
-    scores = scores_of(pooling="avg", flip_eval=False, head="frozen")
-    assert scores == pytest.approx([frozen[name] for name in NAMES])
-    lines = (out / "closed_form_toy_32px_resnet_small.md").read_text().splitlines()
-    assert lines[0].startswith("| pooled | mirror average | frozen | pca, 12-d | whiten 0.5, 12-d ")
-    assert lines[1] == "|---|---|---|---|---|---|" and len(lines) == 2 + 12
+    for name in ("recall@1", "nmi"):
+        assert result["rows"][0]["frozen"][name] == pytest.approx(100 * frozen[name])
+    lines = (out / "few_images_32px_resnet_small.md").read_text().splitlines()
+    assert lines[0].startswith("| data set | images to fit to | frozen | chosen start ")
     cell = f"{100 * frozen['recall@1']:.1f} / {100 * frozen['nmi']:.1f}"
-    assert lines[2].startswith(f"| avg |  | {cell} |")
+    assert len(lines) == 5 and lines[2].startswith(f"| toy | 50 | {cell} | ")
+
+    own = ("--own", "toy", "--sizes", "50", "--subsets", "1", "--out_dir", str(out))
+    few_images.main([*network, *own])
+    result = json.loads((out / "few_images_32px_resnet_small.json").read_text())
+    assert [row["images"] for row in result["rows"]] == [50, 300]  # of both halves
 
 
-# ------------------------------------------------------------------------------- whole processes
-
-
-@pytest.mark.slow
 def test_a_script_that_fails_is_told():
     with pytest.raises(runs.RunFailedError, match=r"test\.py ended with status 2"):
         runs.call("test.py", "--nothing")
