@@ -20,6 +20,7 @@ from torch import Tensor
 
 from datasets.arrays import Split, load_split
 from datasets.views import (
+    N_PARTS,
     EpochPlan,
     center_crops,
     crop_size,
@@ -30,7 +31,7 @@ from datasets.views import (
 from methods import METHODS
 from models import BACKBONES, Pooling, build_model, check_crop_size, pooled_width
 from models.batch_norm import share_batch_norm
-from models.closed_form import HEADS, closed_form_head
+from models.closed_form import HEADS, closed_form_head, head_size
 from models.start import score_starts
 from recipes import add_method_options, fit_to_data, others_help, read_layers
 from utils import options
@@ -147,6 +148,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--refit_power goes with --refit_head")
     if {"whiten_power", "refit_power"} & args.given and args.head_init != "whiten":
         parser.error("--whiten_power and --refit_power go with --head_init whiten")
+    args.given |= {name for _, config in layers[1:] for name in config}
     args.model_name = args.model_name or f"CBSwR_{NAMES.get(args.dataset, args.dataset)}"
     return args
 
@@ -175,14 +177,18 @@ class Job:
         if args.n_images:
             self.training = self.training.sample(args.n_images, args.seed)
         check_crop_size(args.backbone, crop_size(size))
-        self.pooled: Tensor | None = None  # of the training images, by the network as it is
-        changes = self.choose_start() if args.head_init == "auto" else []
-        pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
-        width = pooled_width(args.backbone, pooling)
-        changes += fit_to_data(args, len(self.training), width, processes.count)
-        self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
-        shared = {name: v for name, v in self.config.items() if name not in MACHINE}
+        run.check_free(args.overwrite or bool(args.resume))
+        shared = {k: v for k, v in vars(args).items() if k not in NOT_SAVED | MACHINE}
         processes.check_same(shared | self.data)
+        changes = fit_to_data(args, len(self.training), processes.count)
+        self.pooled: Tensor | None = None  # of the training images, by the network as it is
+        if args.head_init == "auto":
+            changes += self.choose_start()
+        pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
+        if args.head_init != "random" and not args.resume and "low_dim" not in args.given:
+            width = pooled_width(args.backbone, pooling)
+            args.low_dim = head_size(args.low_dim, len(self.training), width)
+        self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
 
         saved = processes.by_first(lambda: run.load(self.data)) if args.resume else {}
         torch.manual_seed(args.seed)
@@ -216,37 +222,51 @@ class Job:
 
         Returns what was measured, a sentence for each pooling.
         """
-        args, share = self.args, self.processes.share
-        stripes = list(dict.fromkeys(["1", args.stripes]))
-        poolings = [Pooling.parse(args.layers, args.pool, True, text) for text in stripes]
+        args, n_images = self.args, len(self.training)
+        poolings, low_dims = self.candidates()
         torch.manual_seed(args.seed)  # random weights are those of the network that is trained
         model = build_model(args.backbone, weights=args.weights, pooling=poolings[-1])
         model = model.to(self.device, memory_format=torch.channels_last)
 
-        def pooled(crops: Iterable[Tensor], n_images: int, flip: bool, title: str) -> list[Tensor]:
-            n_batches = n_images / (args.test_batch * self.processes.count)
+        def pool(crops: Iterable[Tensor], n_crops: int, flip: bool, title: str) -> list[Tensor]:
+            n_batches = n_crops / (args.test_batch * self.processes.count)
             batches = progress(crops, n_batches, title)
             return pooled_features(model, batches, poolings, args.precision, self.processes, flip)
 
-        n_images = len(self.training)
+        share = self.processes.share
         crops = center_crops(self.training, args.test_batch, args.workers, share)
-        features = pooled(crops, n_images, args.flip_eval, "features for the start")
+        pooled = pool(crops, n_images, args.flip_eval, "features for the start")
         index = np.random.default_rng([args.seed, 0]).permutation(n_images)[:START_IMAGES]
-        crops = part_crops(self.training, index, args.seed, args.test_batch, args.workers, share)
-        parts = pooled(crops, len(index), False, "parts of images")
+        batch_size = -(-args.test_batch // N_PARTS)
+        crops = part_crops(self.training, index, args.seed, batch_size, args.workers, share)
+        parts = pool(crops, N_PARTS * len(index), False, "parts of images")
+        parts = [features.unflatten(0, (-1, N_PARTS)) for features in parts]
         starts = self.processes.by_first(
-            lambda: score_starts(features, parts, torch.from_numpy(index), args.low_dim)
+            lambda: score_starts(pooled, parts, torch.from_numpy(index), low_dims)
         )
         best = max(starts, key=lambda start: start.score)
-        self.pooled = features[best.pooling]
-        args.stripes = stripes[best.pooling]
+        self.pooled = pooled[best.pooling]
+        args.stripes = poolings[best.pooling].options()["stripes"]
         args.head_init = best.kind
         args.whiten_power = best.power
-        lines = [f"start: {best}, stripes {args.stripes}; found again by each start, in percent:"]
-        for number, text in enumerate(stripes):
-            scores = (f"{s} {100 * s.score:.1f}" for s in starts if s.pooling == number)
-            lines.append(f"stripes {text}: {', '.join(scores)}")
+        lines = [
+            f"the start is {best} with stripes {args.stripes}; how well each finds parts again:"
+        ]
+        for number in dict.fromkeys(start.pooling for start in starts):
+            scores = [f"{s} {s.score:.3f}" for s in starts if s.pooling == number]
+            lines.append(f"stripes {poolings[number].options()['stripes']}: {', '.join(scores)}")
         return lines
+
+    def candidates(self) -> tuple[list[Pooling], list[int]]:
+        """Return the poolings that a start may have, and the size of the head on each."""
+        args = self.args
+        texts = [args.stripes] if "stripes" in args.given else dict.fromkeys(["1", args.stripes])
+        poolings = [Pooling.parse(args.layers, args.pool, True, text) for text in texts]
+        widths = [pooled_width(args.backbone, pooling) for pooling in poolings]
+        if "low_dim" not in args.given:
+            return poolings, [head_size(args.low_dim, len(self.training), w) for w in widths]
+        wide = [p for p, width in zip(poolings, widths, strict=True) if width >= args.low_dim]
+        return wide or poolings[-1:], [args.low_dim] * max(1, len(wide))
 
     def save(self, best: bool = False) -> None:
         """Write the checkpoint, unless weights are not finite."""

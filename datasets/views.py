@@ -22,6 +22,7 @@ from utils.errors import UserError
 FLIP_PROBABILITY = 0.75  # of the released code
 POSITIVE_PROBABILITY = 0.5  # of the released code
 COPIED_AT_ONCE = 1024  # images
+N_PARTS = 4  # of an image, see `part_crops`
 
 
 def crop_size(image_size: int) -> int:
@@ -217,11 +218,11 @@ def part_crops(
     """
     rng = np.random.default_rng([seed, 0])
     size = split.image_size
-    sides = np.full((len(index), 4), 0.6)
+    sides = np.full((len(index), N_PARTS), 0.6)
     sides[:, 2:] = np.sqrt(rng.uniform(0.15, 0.5, (len(index), 2)))
-    places = rng.random((len(index), 4, 2))  # top and left, as shares of the room that is left
+    places = rng.random((len(index), N_PARTS, 2))  # top and left, shares of the room
     places[:, :2] = [(0.5, 0.0), (0.5, 1.0)]
-    mirrored = rng.random((len(index), 4)) < 0.5
+    mirrored = rng.random((len(index), N_PARTS)) < 0.5
     mirrored[:, :2] = False
     sides = (sides * size).round().astype(int)
     corners = (places * (size - sides[..., None])).round().astype(int)
@@ -231,14 +232,14 @@ def part_crops(
         for image in range(start, min(start + batch_size, len(index))):
             pixels = torch.from_numpy(split.images[split.rows[index[image]]].copy())
             pixels = pixels.permute(2, 0, 1)
-            for part in range(4):
+            for part in range(N_PARTS):
                 (top, left), side = corners[image, part], sides[image, part]
                 crop = resized_crop(pixels, top, left, side, side, [crop_size(size)] * 2)
                 crops.append(crop.flip(2) if mirrored[image, part] else crop)
         return torch.stack(crops).permute(0, 2, 3, 1)
 
-    part, n_parts = share
-    starts = range(part * batch_size, len(index), n_parts * batch_size)
+    rank, count = share
+    starts = range(rank * batch_size, len(index), count * batch_size)
     yield from read_ahead(cut, starts, workers)
 
 

@@ -1,11 +1,11 @@
 """Score what the recipe starts from, with 60, 150, ... images to fit it to.
 
-    python experiments/few_images.py --dataset cub200 car196 --own my_photos
+    python experiments/few_images.py --dataset cub200 car196 --photos my_photos
 
 For each number of images, random subsets of the training half choose their start without labels, as
 train.py does with --head_init auto, and the test half is scored: by frozen features (the last two
 stages, generalized mean, mirror average), by the start that was chosen, and by one fixed start for
-all, whitened to a power of 0.6 with stripes. With --own a data set is a person's photos: subsets
+all, whitened to a power of 0.6 with stripes. With --photos a data set is a person's photos: subsets
 are drawn from both halves, and all images are scored. The table says, too, how well the measure of
 the choice ranks all starts of a subset, compared with their R@1 (Spearman).
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run
 import train
 from benchmarks.paired import machine
 from datasets.arrays import Split, load_split
-from datasets.views import center_crops, part_crops
+from datasets.views import N_PARTS, center_crops, part_crops
 from models import Pooling, build_model
 from models.closed_form import closed_form_head, head_size
 from models.start import Start, score_starts
@@ -44,8 +44,8 @@ from utils.options import Parser, add_machine, add_precision, folder_name, path_
 from utils.progress import progress
 
 FIXED = Start(pooling=1, kind="whiten", power=0.6, score=0.0)
-HEADS = ["images to fit to", "frozen", "chosen start", "whiten 0.6 with stripes for all"]
-HEADS += ["chosen", "rank correlation"]
+COLUMNS = ["images to fit to", "frozen", "chosen start", "whiten 0.6 with stripes for all"]
+COLUMNS += ["chosen", "rank correlation"]
 
 
 def make_parser() -> Parser:
@@ -53,7 +53,7 @@ def make_parser() -> Parser:
     parser = Parser("Score what the recipe starts from, by how many images there are.")
     add = parser.add_argument
     add("--dataset", nargs="*", type=folder_name, default=[], help="a part of the table")
-    add("--own", nargs="*", type=folder_name, default=[], help="a person's photos: both halves")
+    add("--photos", nargs="*", type=folder_name, default=[], help="sets whose halves are joined")
     add("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
     add("--image_size", type=whole(8), help="which pre-processed size, if there are several")
     add("--backbone", default="resnet18", help="as of train.py")
@@ -69,10 +69,13 @@ def make_parser() -> Parser:
 class Features:
     """Features of a data set by both poolings: of its images, and of their parts."""
 
-    def __init__(self, args: argparse.Namespace, dataset: str, seed: int = 0) -> None:
-        """Compute them."""
-        names = ("training", "validation")
-        halves = [load_split(args.data_dir, dataset, name, args.image_size) for name in names]
+    def __init__(
+        self, args: argparse.Namespace, halves: Sequence[Split], is_joined: bool, seed: int = 0
+    ) -> None:
+        """Compute them.
+
+        is_joined: whether images of both halves are fitted to, and scored.
+        """
         options = train.parse_args(["--recipe=best"])
         self.low_dim = options.low_dim
         poolings = [
@@ -81,7 +84,6 @@ class Features:
         ]
         model = build_model(args.backbone, weights=args.weights, pooling=poolings[-1])
         model = model.to(choose_device(args.device), memory_format=torch.channels_last)
-        self.size = halves[0].image_size
         self.sets = [str(half) for half in halves]
 
         def of_centers(half: Split) -> list[Tensor]:
@@ -90,20 +92,22 @@ class Features:
             return pooled_features(model, crops, poolings, args.precision, flip=True)
 
         def of_parts(half: Split) -> list[Tensor]:
-            crops = part_crops(half, np.arange(len(half)), seed, args.test_batch, args.workers)
-            crops = progress(crops, len(half) / args.test_batch, f"parts of {half.path.name}")
+            batch_size = -(-args.test_batch // N_PARTS)
+            crops = part_crops(half, np.arange(len(half)), seed, batch_size, args.workers)
+            crops = progress(crops, len(half) / batch_size, f"parts of {half.path.name}")
             return pooled_features(model, crops, poolings, args.precision)
 
         centers = [of_centers(half) for half in halves]
-        fitted = halves if dataset in args.own else halves[:1]
+        fitted = halves if is_joined else halves[:1]
         self.train = [torch.cat(parts) for parts in zip(*centers[: len(fitted)], strict=True)]
         parts = [of_parts(half) for half in fitted]
-        self.parts = [torch.cat(half).unflatten(0, (-1, 4)) for half in zip(*parts, strict=True)]
-        is_own = dataset in args.own
-        self.test = self.train if is_own else centers[1]
+        self.parts = [
+            torch.cat(half).unflatten(0, (-1, N_PARTS)) for half in zip(*parts, strict=True)
+        ]
+        self.test = self.train if is_joined else centers[1]
         labels = [half.labels for half in halves]
-        self.labels = np.concatenate(labels) if is_own else labels[1]
-        self.is_query = None if is_own else halves[1].is_query
+        self.labels = np.concatenate(labels) if is_joined else labels[1]
+        self.is_query = None if is_joined else halves[1].is_query
         self.frozen = self.score(self.test[0])
 
     def embed(self, start: Start, fit_to: Tensor) -> Tensor:
@@ -125,8 +129,9 @@ class Features:
         drawn = drawn[:count]
         looked_at = torch.arange(count)[: train.START_IMAGES]
         pooled = [features[drawn] for features in self.train]
-        parts = [features[drawn[looked_at]].flatten(0, 1) for features in self.parts]
-        starts = score_starts(pooled, parts, looked_at, self.low_dim)
+        parts = [features[drawn[looked_at]] for features in self.parts]
+        sizes = [head_size(self.low_dim, *features.shape) for features in pooled]
+        starts = score_starts(pooled, parts, looked_at, sizes)
         best = max(starts, key=lambda start: start.score)
         measured = [start.score for start in starts]
         scores = [self.score(self.embed(start, drawn), "not asked for") for start in starts]
@@ -134,7 +139,7 @@ class Features:
         return {
             "images": count,
             "subset": number,
-            "chosen": f"{best}{', stripes' * best.pooling}",
+            "chosen": f"{best}, stripes" if best.pooling else str(best),
             "rank_correlation": rank_correlation(measured, recalls),
             "frozen": self.frozen,
             "start": self.score(self.embed(best, drawn)),
@@ -149,24 +154,30 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     return float(spearmanr(first, second).statistic)
 
 
-def rows_of(args: argparse.Namespace, dataset: str) -> tuple[int, list[dict]]:
-    """Return the image size of a data set, and the scores of all its subsets."""
-    features = Features(args, dataset)
+def load_halves(args: argparse.Namespace, dataset: str) -> list[Split]:
+    """Open both halves of a data set."""
+    names = ("training", "validation")
+    return [load_split(args.data_dir, dataset, name, args.image_size) for name in names]
+
+
+def rows_of(args: argparse.Namespace, dataset: str, halves: Sequence[Split]) -> list[dict]:
+    """Return the scores of all subsets of a data set."""
+    features = Features(args, halves, dataset in args.photos)
     total = len(features.train[0])
     rows = []
     for count in [*(size for size in args.sizes if size < total), total]:
         for number in range(args.subsets if count < total else 1):
-            row = {"dataset": dataset, "sets": features.sets, "own": dataset in args.own}
+            row = {"dataset": dataset, "sets": features.sets, "joined": dataset in args.photos}
             row |= features.subset(count, number)
             rows.append(row)
             frozen, start = (cell([row], name) for name in ("frozen", "start"))
             print(f"{dataset}, {count}: {frozen} -> {start} ({row['chosen']})", flush=True)
-    return features.size, rows
+    return rows
 
 
 def table_of(rows: Sequence[dict]) -> str:
     """Return a line for each data set and number of images: R@1 / NMI, means over subsets."""
-    lines = [["data set", *HEADS], ["---"] * (1 + len(HEADS))]
+    lines = [["data set", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for dataset, count in dict.fromkeys((row["dataset"], row["images"]) for row in rows):
         of_line = [row for row in rows if (row["dataset"], row["images"]) == (dataset, count)]
         cells = [cell(of_line, name) for name in ("frozen", "start", "fixed")]
@@ -190,14 +201,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Embed each data set once, score its subsets, write."""
     args = make_parser().parse(list(argv or sys.argv[1:]))
     check_writable(Path(args.out_dir), "choose another --out_dir")
-    rows = []
-    sizes = set()
-    for dataset in [*args.dataset, *args.own]:
-        size, more = rows_of(args, dataset)
-        sizes.add(size)
-        rows += more
+    datasets = dict.fromkeys([*args.dataset, *args.photos])
+    if not datasets:
+        raise UserError("name a --dataset, or --photos")
+    halves = {name: load_halves(args, name) for name in datasets}
+    sizes = {training.image_size for training, _ in halves.values()}
     if len(sizes) > 1:
         raise UserError(f"the data sets have images of {sizes} pixels; give --image_size")
+    rows = [row for name in datasets for row in rows_of(args, name, halves[name])]
     name = args.backbone.replace(":", "_")
     stem = f"{args.out_dir}/few_images_{sizes.pop()}px_{name}"
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)

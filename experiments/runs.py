@@ -181,7 +181,7 @@ def complete(run: PlannedRun, dim: int | None) -> dict:
     record_path = folder / f"record{suffix}.json"
     if record_path.exists():
         record = read_json(record_path)
-        if record["options"].get("n_epoch") in (None, 0, run.options.n_epoch):
+        if is_complete(run, record["options"].get("n_epoch")):
             return record
     tested = {name: options[name] for name in FROZEN_WITH}
     recorded = tested
@@ -219,6 +219,15 @@ def check_same(run: PlannedRun, kept: dict) -> None:
             raise UserError(f"{run.folder}: holds a run with {change}; choose another --name")
 
 
+def is_complete(run: PlannedRun, n_done: int | None) -> bool:
+    """Tell whether a run needs no more epochs: a frozen network's (None), or all of them.
+
+    A recipe trains no epoch on few images; so it is complete unless epochs were asked for.
+    """
+    is_untrained = n_done == 0 and "n_epoch" not in run.options.given
+    return n_done is None or is_untrained or n_done == run.options.n_epoch
+
+
 def train_to_end(run: PlannedRun) -> None:
     """Train a run to its last epoch, from where it stands."""
     n_epoch = run.options.n_epoch
@@ -227,7 +236,7 @@ def train_to_end(run: PlannedRun) -> None:
         raise UserError(f"{run.folder}: has {n_done} epochs, not {n_epoch}; choose another --name")
     if not (run.folder / CONFIG).exists():
         call("train.py", *run.words)
-    elif n_done < n_epoch and n_done != 0:  # 0: too few images to train
+    elif not is_complete(run, n_done):
         changed = {"n_epoch": n_epoch, "data_dir": run.options.data_dir}
         call("train.py", f"--resume={run.folder}", *as_words(changed))
 

@@ -56,6 +56,12 @@ TITLES = {
     "multi_similarity": f"{WITH_LABELS}Multi-Similarity",
     "best_labels": f"{WITH_LABELS}recipe best by Multi-Similarity",
 }
+PUBLISHED = {  # R@1 / NMI in the paper, with GoogLeNet
+    ("cub200", "paper"): "47.5 / 55.9",
+    ("cub200", "isif"): "46.2",
+    ("car196", "paper"): "45.6 / 37.6",
+    ("car196", "isif"): "41.3",
+}
 MORE_SCORES = {"MAP@R": "map@r", "NMI": "nmi", "AMI": "ami"}  # beside R@K
 DRAWN = {"R@1": "recall@1", "NMI": "nmi"}
 
@@ -142,12 +148,16 @@ def write_table(
     texts = [["method", *titles]]
     for row, line in zip(rows, lines, strict=True):
         texts.append([row.title, *cells(line, names, best)])
+    if setting.backbone == "googlenet" and setting.dataset in {key[0] for key in PUBLISHED}:
+        texts[0].append("R@1 / NMI in the paper (uncropped, 256 px, 128-d)")
+        for row, text in zip(rows, texts[1:], strict=True):
+            text.append(PUBLISHED.get((setting.dataset, row.name), ""))
     about = describe(args, setting, records)
     stem = stem_of(args, setting.name_of(args.name))
     write(f"{stem}.tex", latex(texts, about))
     write_results(stem, lines, texts, about, records)
     draw(f"{stem}.png", [row.title for row in rows], lines)
-    if any(len(record["epochs"]) > 1 for record in records):
+    if any(len(record.get("epochs", [])) > 1 for record in records):
         draw_epochs(f"{stem}_epochs.png", records)
     return lines
 
@@ -246,17 +256,18 @@ def draw(path: str, titles: Sequence[str], lines: Sequence[dict]) -> None:
 
 
 def draw_epochs(path: str, records: Sequence[dict]) -> None:
-    """Draw R@1 and NMI over epochs, a line for each run, dashed where nothing is trained.
+    """Draw R@1 and NMI over epochs: a line for each run, dashed at the score of a single one.
 
     All runs of a row have its color.
     """
+    drawn = {t: n for t, n in DRAWN.items() if all(n in record["scores"] for record in records)}
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(DRAWN))
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
     titles = list(dict.fromkeys(record["title"] for record in records))
-    for axes, (title, name) in zip(panels, DRAWN.items(), strict=True):
+    for axes, (title, name) in zip(panels, drawn.items(), strict=True):
         for record in records:
             look = {"color": f"C{titles.index(record['title'])}", "label": record["title"]}
-            epochs = [row for row in record["epochs"] if row[name] is not None]
+            epochs = [row for row in record.get("epochs", []) if row[name] is not None]
             if len(epochs) > 1:
                 numbers = [row["epoch"] for row in epochs]
                 axes.plot(numbers, [100 * row[name] for row in epochs], **look)

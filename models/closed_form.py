@@ -32,7 +32,8 @@ class Spectrum:
         """Compute the spectrum of features (N, C), around their mean or around zero."""
         x = pooled.double().cpu()
         mean = x.mean(0) if centered else torch.zeros_like(x[0])
-        variances, directions = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
+        x = x - mean
+        variances, directions = torch.linalg.eigh(x.T @ x / len(x))  # ascending
         return Spectrum(mean, variances.clamp(min=0).flip(0), directions.T.flip(0))
 
     def head(self, low_dim: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -47,9 +48,10 @@ class Spectrum:
 
 
 def head_size(low_dim: int, n_images: int, width: int) -> int:
-    """Return D of a head for features of a width C: low_dim, but C for no more images than that.
+    """Return D of a head on features of a width C: low_dim, at most C; for few images C.
 
-    The directions in which no image varies have no order, so that none of them may be left out.
+    Few are no more than low_dim. The directions in which no image varies have no order, so that
+    none of them may be left out.
     """
     return width if n_images <= low_dim else min(low_dim, width)
 

@@ -3,7 +3,7 @@
 A candidate is judged by the images that its head was not fitted to: given one part of an image, at
 which place does it find another part of the same image, among parts of all those images? Frozen
 features of few or varied images are hard to improve; where they can be, this measure agrees with
-R@1 and NMI (docs/results.md).
+R@1 (docs/results.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.closed_form import Spectrum, head_size
+from models.closed_form import Spectrum
 from utils.metrics import mean_reciprocal_rank
 
 POWERS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)
@@ -47,15 +47,15 @@ class Start:
 
 @torch.no_grad()
 def score_starts(
-    pooled: Sequence[Tensor], parts: Sequence[Tensor], index: Tensor, low_dim: int
+    pooled: Sequence[Tensor], parts: Sequence[Tensor], index: Tensor, low_dims: Sequence[int]
 ) -> list[Start]:
-    """Score all starts, the frozen features of the first pooling first, or alone for few images.
+    """Score every start; with fewer than FEWEST images the frozen features of the first pooling.
 
     Args:
         pooled: of each pooling the features (N, C) of all images.
-        parts: of each pooling the features (4n, C) of the parts of n images.
+        parts: of each pooling the features (n, 4, C) of the parts of n images.
         index: (n,) the numbers of these images.
-        low_dim: D, see `head_size`.
+        low_dims: D of the head on each pooling.
     """
     heads = [("svd", 0.0), *(("whiten", power) for power in POWERS)]
     if len(pooled[0]) < FEWEST:
@@ -67,11 +67,10 @@ def score_starts(
         fitted_to = torch.ones(len(pooled[number]), dtype=torch.bool)
         fitted_to[index[folds == fold]] = False
         features = pooled[number][fitted_to]
-        size = head_size(low_dim, *pooled[number].shape)
-        held_out = parts[number].unflatten(0, (-1, 4))[folds == fold]
+        held_out = parts[number][folds == fold]
         spectra = {"svd": Spectrum.of(features, centered=False), "whiten": Spectrum.of(features)}
         for kind, power in heads:
-            weight, bias = spectra[kind].head(size, power)
+            weight, bias = spectra[kind].head(low_dims[number], power)
             embedded = F.normalize(held_out @ weight.T + bias, dim=2)
             ranks = [mean_reciprocal_rank(embedded[:, a], embedded[:, b]) for a, b in PAIRS]
             scores.setdefault((number, kind, power), []).append(sum(ranks) / len(ranks))

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from methods import METHODS
-from models.closed_form import head_size
 from utils.errors import UserError
 from utils.options import Parser, nearest_hint, read_json_object
 from utils.runs import CONFIG
@@ -93,28 +92,25 @@ def _read_run(run: Path) -> tuple[str, dict]:
     return str(path), config
 
 
-def fit_to_data(
-    args: argparse.Namespace, n_images: int, pooled_width: int, n_processes: int
-) -> list[str]:
-    """Fit numbers that nobody gave on the command line to what the training images allow.
+def fit_to_data(args: argparse.Namespace, n_images: int, n_processes: int) -> list[str]:
+    """Fit numbers that stem from a default or a recipe to what the training images allow.
 
     Returns a sentence for each. Raises UserError for a given batch size that does not fit.
     """
-    changes = []
     fitting = {"n_cluster": min(n_images, getattr(args, "n_cluster", 0))}
-    if args.head_init != "random":
-        fitting["low_dim"] = head_size(args.low_dim, n_images, pooled_width)
     group = getattr(args, "group", 1) * n_processes
     fitting["batch_size"] = min(args.batch_size, max(group, n_images // group * group))
     if n_images < args.min_images:
-        fitting["n_epoch"] = 0  # the start is kept, nothing is trained
-    for name, value in fitting.items():
-        is_chosen = args.resume or name in args.given
-        if name in args and not is_chosen and getattr(args, name) != value:
-            changes.append(f"{name} {getattr(args, name)} is {value} for {n_images} images")
-            setattr(args, name, value)
-    if args.batch_size > n_images:
+        fitting["n_epoch"] = 0
+    changes = []
+    for name in fitting.keys() & vars(args).keys() - args.given:
+        value, fitted = getattr(args, name), fitting[name]
+        if value != fitted and not args.resume:
+            kept = ", the start is kept" if name == "n_epoch" else ""
+            changes.append(f"{name} {value} is {fitted} for {n_images} images{kept}")
+            setattr(args, name, fitted)
+    if args.n_epoch and args.batch_size > n_images:
         raise UserError(f"batch_size {args.batch_size}: there are {n_images} training images")
     if args.batch_size % n_processes:
         raise UserError(f"{n_processes} processes cannot share a batch of {args.batch_size} evenly")
-    return changes
+    return sorted(changes)

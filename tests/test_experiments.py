@@ -233,8 +233,8 @@ def test_few_images_choose_and_score_as_train_does(tmp_path):
     cell = f"{100 * frozen['recall@1']:.1f} / {100 * frozen['nmi']:.1f}"
     assert len(lines) == 5 and lines[2].startswith(f"| toy | 50 | {cell} | ")
 
-    own = ("--own", "toy", "--sizes", "50", "--subsets", "1", "--out_dir", str(out))
-    few_images.main([*network, *own])
+    photos = ("--photos", "toy", "--sizes", "50", "--subsets", "1", "--out_dir", str(out))
+    few_images.main([*network, *photos])
     result = json.loads((out / "few_images_32px_resnet_small.json").read_text())
     assert [row["images"] for row in result["rows"]] == [50, 300]  # of both halves
 

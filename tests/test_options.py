@@ -252,7 +252,7 @@ def test_numbers_that_nobody_gave_shrink_to_the_data(data, tmp_path):
 def test_batches_are_shared_evenly():
     args = train.parse_args(["--batch_size=9"])
     with pytest.raises(UserError, match="2 processes cannot share a batch of 9 evenly"):
-        fit_to_data(args, 24, 128, n_processes=2)
+        fit_to_data(args, 24, n_processes=2)
 
 
 # ---------------------------------------------------------------- kinds of values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def features(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_whitening_is_chosen_where_the_largest_variance_is_noise():
     images, parts = features(20.0)
-    starts = score_starts([images], [parts.flatten(0, 1)], torch.arange(200), 10)
+    starts = score_starts([images], [parts], torch.arange(200), [10])
     best = max(starts, key=lambda start: start.score)
     assert (best.kind, starts[0].kind) == ("whiten", "svd")
     assert best.power >= 0.6
@@ -54,8 +55,8 @@ def test_whitening_is_chosen_where_the_largest_variance_is_noise():
 def test_the_pooling_is_chosen_that_finds_more():
     images, parts = features(1.0)
     blurred = images + noise(200, 10, seed=3), parts + noise(200, 4, 10, seed=4)
-    poolings = [blurred[0].float(), images], [blurred[1].float().flatten(0, 1), parts.flatten(0, 1)]
-    starts = score_starts(*poolings, torch.arange(200), 10)
+    poolings = [blurred[0].float(), images], [blurred[1].float(), parts]
+    starts = score_starts(*poolings, torch.arange(200), [10, 10])
     assert [start.pooling for start in starts] == [0] * 7 + [1] * 7
     assert max(starts, key=lambda start: start.score).pooling == 1
 
@@ -63,8 +64,8 @@ def test_the_pooling_is_chosen_that_finds_more():
 def test_few_images_keep_the_frozen_features():
     images, parts = features(1.0)
     for count in (2, 5, 99):
-        few = [images[:count]] * 2, [parts[:count].flatten(0, 1)] * 2
-        (start,) = score_starts(*few, torch.arange(count), 10)
+        few = [images[:count]] * 2, [parts[:count]] * 2
+        (start,) = score_starts(*few, torch.arange(count), [10, 10])
         assert (start.pooling, start.kind) == (0, "svd") and 0 < start.score <= 1
 
 
@@ -95,12 +96,42 @@ def test_the_recipe_keeps_its_choice(tmp_path):
     write_dataset(tmp_path / "data", count=120)
     run = trained(tmp_path / "data", tmp_path / "whole", n_epoch=2, **SETTINGS)
     config = json.loads((run.run / "config.json").read_text())
-    assert config["head_init"] in {"svd", "whiten"}
-    assert config["stripes"] in {"1", "3,1"}
     log = (run.run / f"{run.run.name}.log").read_text()
-    assert "found again by each start, in percent" in log and "stripes 3,1: frozen features" in log
+    scores = {}
+    for stripes, line in re.findall(r"stripes (1|3,1): (frozen .*)", log):
+        for words in line.split(", "):
+            kind, power, score = words.split()
+            scores[stripes, kind, power] = float(score)
+    assert len(scores) == 14
+    stripes, kind, power = max(scores, key=scores.get)
+    assert config["stripes"] == stripes
+    expected = ("svd", 0) if kind == "frozen" else ("whiten", float(power))
+    assert (config["head_init"], config["whiten_power"]) == expected
     again = stopped(tmp_path / "data", tmp_path / "stopped", 20, n_epoch=2, **SETTINGS)
     assert_same(resumed(again), run)
+
+
+def test_options_that_are_given_stay(tmp_path):
+    write_dataset(tmp_path / "data", count=120)
+    words = {"recipe": "best", "lr": None, "n_epoch": None}
+    run = trained(tmp_path / "data", tmp_path / "a", "--stripes=3,1", **words, low_dim=None)
+    config = json.loads((run.run / "config.json").read_text())
+    assert (config["stripes"], config["low_dim"]) == ("3,1", 320)
+    run = trained(tmp_path / "data", tmp_path / "b", **words, low_dim=300)  # one piece has 192
+    config = json.loads((run.run / "config.json").read_text())
+    assert (config["stripes"], config["low_dim"]) == ("3,1", 300)
+    (tmp_path / "more.json").write_text('{"n_epoch": 1, "stripes": "2,1"}')
+    more = f"--config={tmp_path / 'more.json'}"
+    run = trained(tmp_path / "data", tmp_path / "c", more, **words, low_dim=None)
+    config = json.loads((run.run / "config.json").read_text())
+    assert (config["stripes"], config["n_epoch"]) == ("2,1", 1)
+
+
+@pytest.mark.parametrize("least, epochs", [(24, [1]), (25, [0])])
+def test_fewer_images_than_the_recipe_trains_on(tmp_path, least, epochs):
+    write_dataset(tmp_path / "data")
+    run = trained(tmp_path / "data", tmp_path, f"--min_images={least}", n_epoch=None, **SETTINGS)
+    assert [row["epoch"] for row in run.rows] == epochs
 
 
 def test_few_images_keep_the_start(tmp_path):
@@ -108,7 +139,9 @@ def test_few_images_keep_the_start(tmp_path):
     run = trained(tmp_path / "data", tmp_path, n_epoch=None, **SETTINGS)
     assert [row["epoch"] for row in run.rows] == [0]
     log = (run.run / f"{run.run.name}.log").read_text()
-    assert "n_epoch 1 is 0 for 24 images" in log
+    assert "n_epoch 1 is 0 for 24 images, the start is kept" in log
+    again = resumed(run.run, "--n_epoch=1")
+    assert [row["epoch"] for row in again.rows] == [0, 1]
 
 
 def test_training_on_a_sample(tmp_path):

@@ -27,12 +27,16 @@ def pooled_features(
     processes: Processes = ALONE,
     flip: bool = False,
 ) -> list[Tensor]:
-    """Compute the features (N, C) of images by each of several poolings, float32 on the CPU.
+    """Compute the features (N, C) of images by each of several poolings, on the CPU.
+
+    Rows are float32 of unit length. The model stays in evaluation mode.
 
     Args:
         batches: as in `extract_features`.
         poolings: of layers that the model pools, as `models.Pooling`.
         flip: average the pooled features of image and mirror image.
+
+    Raises DivergedError if a feature is not finite.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -44,7 +48,7 @@ def pooled_features(
             views = [model.maps(image) for image in images]
             for rows, pooling in zip(pooled, poolings, strict=True):
                 rows.append(F.normalize(sum(map(pooling, views)), dim=1).float().cpu())
-    return [processes.gather_batches(rows) for rows in pooled]
+    return check_finite([processes.gather_batches(rows) for rows in pooled])
 
 
 @torch.inference_mode()
@@ -80,7 +84,11 @@ def extract_features(
             embeddings.append(batch_embeddings.float().cpu())
     finally:
         model.train(was_training)
-    features = processes.gather_batches(pooled), processes.gather_batches(embeddings)
+    return tuple(check_finite([processes.gather_batches(x) for x in (pooled, embeddings)]))
+
+
+def check_finite(features: list[Tensor]) -> list[Tensor]:
+    """Return features as they are. Raises DivergedError if one is not finite."""
     if not all(part.isfinite().all() for part in features):
         raise DivergedError("the network's features are not finite: its training diverged")
     return features

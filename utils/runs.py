@@ -103,19 +103,22 @@ class RunFolder:
         self.path = path
         self._lock: int | None = None
 
+    def check_free(self, may_hold_run: bool) -> None:
+        """Raise UserError if the folder holds a run already, unless it may."""
+        if any((self.path / name).exists() for name in (LAST, BEST)) and not may_hold_run:
+            raise UserError(
+                f"{self.path}: holds a run already; resume it, choose another name for the new "
+                "one, or overwrite it"
+            )
+
     def open(self, config: dict, rows: list[dict], overwrite: bool, resume: bool) -> None:
         """Make and lock the folder, remove the files of an earlier run, write options and metrics.
 
         Raises UserError if the folder holds a run already, unless `overwrite` or `resume`.
         """
+        self.check_free(overwrite or resume)
         names = (LAST, BEST, METRICS, CONFIG, REPORT)
         earlier = [self.path / name for name in names if (self.path / name).exists()]
-        is_run = any((self.path / name).exists() for name in (LAST, BEST))
-        if is_run and not (overwrite or resume):
-            raise UserError(
-                f"{self.path}: holds a run already; resume it, choose another name for the new "
-                "one, or overwrite it"
-            )
         with disk_faults(self.path, "choose another place for the run"):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
