@@ -17,7 +17,7 @@ import train
 from datasets.arrays import Split
 from datasets.views import EpochPlan, center_crops, two_view_batches
 from methods import METHODS
-from models import Pooling, build_model, pooled_width
+from models import Pooling, build_model
 from models.batch_norm import share_batch_norm
 from recipes import fit_to_data
 from utils.distributed import Processes, joined
@@ -49,7 +49,7 @@ def training(case: str, processes: Processes) -> dict[str, Tensor]:
     args = train.parse_args([*CASES[case], *network])
     pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
     split = make_split(IMAGES * STEPS)
-    fit_to_data(args, len(split), pooled_width(args.backbone, pooling), processes.count)
+    fit_to_data(args, len(split), processes.count)
     torch.manual_seed(1)
     model = build_model(args.backbone, getattr(args, "n_cluster", 5), 8, pooling=pooling).double()
     model.base_model = share_batch_norm(model.base_model, processes, CPU)

@@ -15,7 +15,7 @@ import processes as job
 import pytest
 import torch
 from scripts import ROOT, failed
-from synthetic import write_dataset_by_chance
+from synthetic import write_dataset, write_dataset_by_chance
 from training import Run, options, resumed, same_weights, trained
 
 from utils.distributed import ALONE
@@ -103,6 +103,20 @@ def test_scores_are_those_of_one_process_bit_for_bit(data, tmp_path, double, for
         results.append((json.loads(scores.read_text()), embeddings.read_bytes(), done.out))
     assert results[0] == results[1]
     assert 0 < results[0][0]["recall@1"] < 1
+
+
+def test_two_processes_choose_the_start_that_one_chooses(tmp_path, forks):
+    write_dataset(tmp_path / "data", count=104)
+    argv = {"recipe": "best", "low_dim": None, "test_batch": 7}
+    starts = []
+    for count in (1, 2):
+        words = options(tmp_path / "data", tmp_path / str(count), **argv, n_epoch=0)
+        assert forks.run(*words, processes=count).code == 0
+        saved = Run(tmp_path / str(count) / "run").saved
+        starts.append((saved["config"], saved["model"]))
+    chosen = ("stripes", "head_init", "whiten_power", "low_dim")
+    assert [starts[0][0][name] for name in chosen] == [starts[1][0][name] for name in chosen]
+    torch.testing.assert_close(starts[0][1], starts[1][1], rtol=0, atol=0)
 
 
 def on(rank: int, action: str, step: int = 0) -> str:
