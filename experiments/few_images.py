@@ -208,15 +208,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = {training.image_size for training, _ in halves.values()}
     if len(sizes) > 1:
         raise UserError(f"the data sets have images of {sizes} pixels; give --image_size")
-    rows = [row for name in datasets for row in rows_of(args, name, halves[name])]
     name = args.backbone.replace(":", "_")
     stem = f"{args.out_dir}/few_images_{sizes.pop()}px_{name}"
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     facts = {"backbone": args.backbone, "weights": Path(args.weights).name}
     facts |= {"precision": args.precision, "machine": machine()}
-    write_json(f"{stem}.json", facts | {"rows": rows})
-    with written_whole(f"{stem}.md") as beside:
-        beside.write_text(table_of(rows), encoding="utf-8")
+    rows = []
+    for dataset in datasets:
+        rows += rows_of(args, dataset, halves[dataset])
+        write_json(f"{stem}.json", facts | {"rows": rows})
+        with written_whole(f"{stem}.md") as beside:
+            beside.write_text(table_of(rows), encoding="utf-8")
     print(f"{stem}.json")
 
 
