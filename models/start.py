@@ -11,18 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import exp
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.closed_form import Spectrum
-from utils.metrics import mean_reciprocal_rank
+from utils.metrics import mean_log_rank
 
 POWERS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)
 FEWEST = 100  # images that can judge; fewer keep the frozen features
 FOLDS = 4
-PAIRS = ((0, 1), (2, 3))  # of parts, see datasets.views.part_crops
+PAIRS = {(0, 1): 2 / 3, (2, 3): 1 / 3}  # of parts (datasets.views.part_crops), and their weights
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Start:
         pooling: its number.
         kind: of the head: "svd" for the frozen features, or "whiten".
         power: of the whitening.
-        score: mean reciprocal rank of the part that is looked for, in [0, 1].
+        score: 1 / the geometric mean rank of the part that is looked for, in (0, 1].
     """
 
     pooling: int
@@ -72,6 +73,7 @@ def score_starts(
         for kind, power in heads:
             weight, bias = spectra[kind].head(low_dims[number], power)
             embedded = F.normalize(held_out @ weight.T + bias, dim=2)
-            ranks = [mean_reciprocal_rank(embedded[:, a], embedded[:, b]) for a, b in PAIRS]
-            scores.setdefault((number, kind, power), []).append(sum(ranks) / len(ranks))
-    return [Start(*start, sum(values) / len(values)) for start, values in scores.items()]
+            pairs = PAIRS.items()
+            log_ranks = (w * mean_log_rank(embedded[:, a], embedded[:, b]) for (a, b), w in pairs)
+            scores.setdefault((number, kind, power), []).append(sum(log_ranks))
+    return [Start(*start, exp(-sum(ranks) / len(ranks))) for start, ranks in scores.items()]

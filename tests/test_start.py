@@ -17,10 +17,10 @@ from datasets.arrays import load_split
 from datasets.views import part_crops
 from models.start import score_starts
 from utils.errors import UserError
-from utils.metrics import mean_reciprocal_rank
+from utils.metrics import mean_log_rank
 
 
-def test_mean_reciprocal_rank_by_its_definition():
+def test_mean_log_rank_by_its_definition():
     first = F.normalize(noise(7, 3), dim=1)
     second = F.normalize(first + 0.8 * noise(7, 3, seed=1), dim=1)
     ranks = []
@@ -28,7 +28,8 @@ def test_mean_reciprocal_rank_by_its_definition():
         for i, query in enumerate(queries):
             order = sorted(range(7), key=lambda j: float(-query @ rows[j]))
             ranks.append(1 + order.index(i))
-    assert mean_reciprocal_rank(first, second) == pytest.approx(np.mean([1 / r for r in ranks]))
+    assert max(ranks) > 1
+    assert mean_log_rank(first, second) == pytest.approx(np.log(ranks).mean())
 
 
 def features(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +50,7 @@ def test_whitening_is_chosen_where_the_largest_variance_is_noise():
     best = max(starts, key=lambda start: start.score)
     assert (best.kind, starts[0].kind) == ("whiten", "svd")
     assert best.power >= 0.6
-    assert best.score > starts[0].score + 0.1
+    assert best.score > 1.5 * starts[0].score
 
 
 def test_the_pooling_is_chosen_that_finds_more():

@@ -51,8 +51,8 @@ def _as_labels(labels: Labels, count: int) -> np.ndarray:
     return array
 
 
-def mean_reciprocal_rank(first: Tensor, second: Tensor) -> float:
-    """Return how well rows find their partners: 1 if always first, 1/2 if always second, ...
+def mean_log_rank(first: Tensor, second: Tensor) -> float:
+    """Return the mean logarithm of the ranks at which rows find their partners; 0 if all are first.
 
     Args:
         first: (N, D) of unit length.
@@ -62,7 +62,7 @@ def mean_reciprocal_rank(first: Tensor, second: Tensor) -> float:
     similarity = first @ second.T
     of_partner = similarity.diagonal()
     ranks = [1 + (s > of_partner[:, None]).sum(1) for s in (similarity, similarity.T)]
-    return float((1 / torch.cat(ranks).double()).mean())
+    return float(torch.cat(ranks).double().log().mean())
 
 
 def recall_at_k(
