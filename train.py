@@ -214,6 +214,8 @@ class Job:
             run.open(self.config, self.state.rows, args.overwrite, bool(args.resume))
             start_log(Path(args.log_dir or run.path), args.model_name)
             changes.insert(0, f"{self.training} to train on, {self.test} to test on")
+            if saved:
+                changes.append(f"goes on after epoch {self.state.epoch}, step {self.state.step}")
             log_start(args, self.device, changes)
             self.events = EventFile(run.path, self.state.epoch) if args.tensorboard else None
 

@@ -143,6 +143,7 @@ def test_few_images_keep_the_start(tmp_path):
     assert "n_epoch 1 is 0 for 24 images, the start is kept" in log
     again = resumed(run.run, "--n_epoch=1")
     assert [row["epoch"] for row in again.rows] == [0, 1]
+    assert "goes on after epoch 0, step 0" in again.out
 
 
 def test_training_on_a_sample(tmp_path):
