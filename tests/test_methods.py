@@ -29,7 +29,7 @@ def make(recipe: str, *words: str) -> Method:
     """Make the method of a recipe, in float64, for a tiny network and N_IMAGES images."""
     args = train.parse_args(["--recipe", recipe, "--batch_size=4", *words])
     torch.manual_seed(0)
-    fit_to_data(args, N_IMAGES, pooled_width=128, n_processes=1)
+    fit_to_data(args, N_IMAGES, n_processes=1)
     model = build_model("resnet_small", getattr(args, "n_cluster", 4), 8)
     model.train_parts(args.train_stages, args.train_batch_norm)
     facts = {"labels": LABELS} if METHODS[args.method].uses_labels else {}
