@@ -187,7 +187,10 @@ class Job:
         pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
         if args.head_init != "random" and not args.resume and "low_dim" not in args.given:
             width = pooled_width(args.backbone, pooling)
-            args.low_dim = head_size(args.low_dim, len(self.training), width)
+            low_dim = head_size(args.low_dim, len(self.training), width)
+            if low_dim != args.low_dim:
+                changes.append(f"low_dim {args.low_dim} is {low_dim} for {self.training}")
+            args.low_dim = low_dim
         self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
 
         saved = processes.by_first(lambda: run.load(self.data)) if args.resume else {}

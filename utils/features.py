@@ -48,7 +48,7 @@ def pooled_features(
             views = [model.maps(image) for image in images]
             for rows, pooling in zip(pooled, poolings, strict=True):
                 rows.append(F.normalize(sum(map(pooling, views)), dim=1).float().cpu())
-    return check_finite([processes.gather_batches(rows) for rows in pooled])
+    return _finite([processes.gather_batches(rows) for rows in pooled])
 
 
 @torch.inference_mode()
@@ -84,10 +84,10 @@ def extract_features(
             embeddings.append(batch_embeddings.float().cpu())
     finally:
         model.train(was_training)
-    return tuple(check_finite([processes.gather_batches(x) for x in (pooled, embeddings)]))
+    return tuple(_finite([processes.gather_batches(x) for x in (pooled, embeddings)]))
 
 
-def check_finite(features: list[Tensor]) -> list[Tensor]:
+def _finite(features: list[Tensor]) -> list[Tensor]:
     """Return features as they are. Raises DivergedError if one is not finite."""
     if not all(part.isfinite().all() for part in features):
         raise DivergedError("the network's features are not finite: its training diverged")
