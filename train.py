@@ -234,8 +234,7 @@ class Job:
         model = model.to(self.device, memory_format=torch.channels_last)
 
         def pool(crops: Iterable[Tensor], n_crops: int, flip: bool, title: str) -> list[Tensor]:
-            n_batches = n_crops / (args.test_batch * self.processes.count)
-            batches = progress(crops, n_batches, title)
+            batches = self.shown(crops, n_crops, title)
             return pooled_features(model, batches, poolings, args.precision, self.processes, flip)
 
         share = self.processes.share
@@ -291,9 +290,12 @@ class Job:
         """Compute pooled features and embeddings of the center crops of a split."""
         args = self.args
         crops = center_crops(split, args.test_batch, args.workers, self.processes.share)
-        n_batches = len(split) / (args.test_batch * self.processes.count)
-        batches = progress(crops, n_batches, title)
+        batches = self.shown(crops, len(split), title)
         return extract_features(self.model, batches, args.precision, self.processes, args.flip_eval)
+
+    def shown(self, crops: Iterable[Tensor], n_crops: int, title: str) -> Iterable[Tensor]:
+        """Pass on this process's batches of `n_crops` crops, with a progress bar."""
+        return progress(crops, n_crops / (self.args.test_batch * self.processes.count), title)
 
     def fit_head(self, power: float) -> None:
         """Give the embedding head its closed form, by the features of the training images."""
