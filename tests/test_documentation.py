@@ -149,8 +149,9 @@ def test_every_command_of_the_pages_runs(workplace, fast):
 def test_options_of_all_commands_exist():
     for line, script, words in commands():
         assert script in SCRIPTS, line
-        of_script, _, of_train = words.partition(" -- ")
-        for part, reader in ((of_script, script), (of_train, "train.py")):
+        of_rows = " ".join(re.findall(r'--row "[^":]*: ([^"]*)"', words))
+        of_script, _, of_train = re.sub(r'(--row) "[^"]*"', r"\1", words).partition(" -- ")
+        for part, reader in ((of_script, script), (f"{of_rows} {of_train}", "train.py")):
             assert set(re.findall(r"--[a-z]\w*", part)) <= options_of(reader), line
 
 
