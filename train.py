@@ -228,7 +228,7 @@ class Job:
         Returns what was measured, a sentence for each pooling.
         """
         args, n_images = self.args, len(self.training)
-        poolings, low_dims = self.candidates()
+        poolings = self.candidates()
         torch.manual_seed(args.seed)  # random weights are those of the network that is trained
         model = build_model(args.backbone, weights=args.weights, pooling=poolings[-1])
         model = model.to(self.device, memory_format=torch.channels_last)
@@ -246,7 +246,7 @@ class Job:
         parts = pool(crops, N_PARTS * len(index), False, "parts of images")
         parts = [features.unflatten(0, (-1, N_PARTS)) for features in parts]
         starts = self.processes.by_first(
-            lambda: score_starts(pooled, parts, torch.from_numpy(index), low_dims)
+            lambda: score_starts(pooled, parts, torch.from_numpy(index))
         )
         best = max(starts, key=lambda start: start.score)
         self.pooled = pooled[best.pooling]
@@ -261,16 +261,15 @@ class Job:
             lines.append(f"stripes {poolings[number].options()['stripes']}: {', '.join(scores)}")
         return lines
 
-    def candidates(self) -> tuple[list[Pooling], list[int]]:
-        """Return the poolings that a start may have, and the size of the head on each."""
+    def candidates(self) -> list[Pooling]:
+        """Return the poolings that a start may have: those wide enough for a given --low_dim."""
         args = self.args
         texts = [args.stripes] if "stripes" in args.given else dict.fromkeys(["1", args.stripes])
         poolings = [Pooling.parse(args.layers, args.pool, True, text) for text in texts]
-        widths = [pooled_width(args.backbone, pooling) for pooling in poolings]
         if "low_dim" not in args.given:
-            return poolings, [head_size(args.low_dim, len(self.training), w) for w in widths]
-        wide = [p for p, width in zip(poolings, widths, strict=True) if width >= args.low_dim]
-        return wide or poolings[-1:], [args.low_dim] * max(1, len(wide))
+            return poolings
+        wide = [pool for pool in poolings if pooled_width(args.backbone, pool) >= args.low_dim]
+        return wide or poolings[-1:]
 
     def save(self, best: bool = False) -> None:
         """Write the checkpoint, unless weights are not finite."""

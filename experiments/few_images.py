@@ -130,8 +130,7 @@ class Features:
         looked_at = torch.arange(count)[: train.START_IMAGES]
         pooled = [features[drawn] for features in self.train]
         parts = [features[drawn[looked_at]] for features in self.parts]
-        sizes = [head_size(self.low_dim, *features.shape) for features in pooled]
-        starts = score_starts(pooled, parts, looked_at, sizes)
+        starts = score_starts(pooled, parts, looked_at)
         best = max(starts, key=lambda start: start.score)
         measured = [start.score for start in starts]
         scores = [self.score(self.embed(start, drawn), "not asked for") for start in starts]

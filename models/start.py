@@ -47,16 +47,16 @@ class Start:
 
 
 @torch.no_grad()
-def score_starts(
-    pooled: Sequence[Tensor], parts: Sequence[Tensor], index: Tensor, low_dims: Sequence[int]
-) -> list[Start]:
+def score_starts(pooled: Sequence[Tensor], parts: Sequence[Tensor], index: Tensor) -> list[Start]:
     """Score every start; with fewer than FEWEST images the frozen features of the first pooling.
+
+    All directions are kept, however many the head will have: cut to 512, stripes look worse on cars
+    than their R@1 is.
 
     Args:
         pooled: of each pooling the features (N, C) of all images.
         parts: of each pooling the features (n, 4, C) of the parts of n images.
         index: (n,) the numbers of these images.
-        low_dims: D of the head on each pooling.
     """
     heads = [("svd", 0.0), *(("whiten", power) for power in POWERS)]
     if len(pooled[0]) < FEWEST:
@@ -71,7 +71,7 @@ def score_starts(
         held_out = parts[number][folds == fold]
         spectra = {"svd": Spectrum.of(features, centered=False), "whiten": Spectrum.of(features)}
         for kind, power in heads:
-            weight, bias = spectra[kind].head(low_dims[number], power)
+            weight, bias = spectra[kind].head(features.shape[1], power)
             embedded = F.normalize(held_out @ weight.T + bias, dim=2)
             pairs = PAIRS.items()
             log_ranks = (w * mean_log_rank(embedded[:, a], embedded[:, b]) for (a, b), w in pairs)

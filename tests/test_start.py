@@ -46,7 +46,7 @@ def features(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_whitening_is_chosen_where_the_largest_variance_is_noise():
     images, parts = features(20.0)
-    starts = score_starts([images], [parts], torch.arange(200), [10])
+    starts = score_starts([images], [parts], torch.arange(200))
     best = max(starts, key=lambda start: start.score)
     assert (best.kind, starts[0].kind) == ("whiten", "svd")
     assert best.power >= 0.6
@@ -57,7 +57,7 @@ def test_the_pooling_is_chosen_that_finds_more():
     images, parts = features(1.0)
     blurred = images + noise(200, 10, seed=3), parts + noise(200, 4, 10, seed=4)
     poolings = [blurred[0].float(), images], [blurred[1].float(), parts]
-    starts = score_starts(*poolings, torch.arange(200), [10, 10])
+    starts = score_starts(*poolings, torch.arange(200))
     assert [start.pooling for start in starts] == [0] * 7 + [1] * 7
     assert max(starts, key=lambda start: start.score).pooling == 1
 
@@ -66,7 +66,7 @@ def test_few_images_keep_the_frozen_features():
     images, parts = features(1.0)
     for count in (2, 5, 99):
         few = [images[:count]] * 2, [parts[:count]] * 2
-        (start,) = score_starts(*few, torch.arange(count), [10, 10])
+        (start,) = score_starts(*few, torch.arange(count))
         assert (start.pooling, start.kind) == (0, "svd") and 0 < start.score <= 1
 
 
