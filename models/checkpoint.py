@@ -13,10 +13,15 @@ from torch import Tensor
 from models.backbones import BACKBONES
 from models.cbswr import CBSwR, build_model
 from models.pooling import PAPER, Pooling
+from models.tensor_names import check_tensors, flat_tensors, say_prefix, some_names, without_prefix
 from models.timm_backbones import TIMM_PREFIX
-from models.weights import check_tensors, read_torch_file
 from utils.errors import UserError
 from utils.runs import find_checkpoint
+from utils.torch_files import read_torch_file
+
+EMBEDDING_HEAD = "feat_ext.0.weight"
+CLUSTER_HEAD = "clustering.2.weight"
+HEADS = {EMBEDDING_HEAD, CLUSTER_HEAD}
 
 # Before runs had a `method`, googlenet meant torch's fallback LRN.
 RENAMED_BACKBONES = {"googlenet": "googlenet_fallback_lrn", "googlenet_caffe": "googlenet"}
@@ -42,14 +47,11 @@ def load_checkpoint(
     Raises UserError that names the file if it is no such checkpoint.
     """
     content = read_torch_file(path)
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: not a checkpoint: it holds no state_dict under 'model'")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    check_tensors(state, path)
-    config = _current_config(content.get("config"))
+    facts = content if isinstance(content, dict) else {}
+    config = _current_config(facts.get("config"))
+    state = _find_state(facts, path)
     pooling = _pooling(config, path)
-    n_cluster, low_dim = _sizes(state, path)
+    n_cluster, low_dim = _sizes(state)
     trained = config.get("backbone")
     if trained and backbone and trained != backbone:
         raise UserError(f"{path}: was trained with the backbone {trained}, not {backbone}")
@@ -60,7 +62,7 @@ def load_checkpoint(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: does not fit the backbone {backbone} ({reason})") from None
-    epoch = content.get("epoch")
+    epoch = facts.get("epoch")
     info = {
         "path": str(Path(path)),
         "epoch": epoch if isinstance(epoch, int) else None,
@@ -68,8 +70,8 @@ def load_checkpoint(
         "n_cluster": n_cluster,
         "low_dim": low_dim,
         "config": config,
-        "data": content.get("data") or {},
-        "image_size": _stored_size(content.get("data")),
+        "data": facts.get("data") or {},
+        "image_size": _stored_size(facts.get("data")),
         "flip_eval": config.get("flip_eval") is True,
     }
     return model.to(device).eval(), info
@@ -143,13 +145,24 @@ def _pooling(config: dict, path: str | os.PathLike) -> Pooling:
         raise UserError(f"{path}: not a checkpoint of train.py ({error})") from None
 
 
-def _sizes(state: dict[str, Tensor], path: str | os.PathLike) -> tuple[int, int]:
+def _find_state(facts: dict, path: str | os.PathLike) -> dict[str, Tensor]:
+    """Return the state_dict of the network, under the published names."""
+    own = "config" in facts and isinstance(facts.get("model"), dict)
+    tensors = flat_tensors(facts["model"] if own else facts)
+    for prefix, state in without_prefix(tensors, len(HEADS)).items():
+        if state.keys() >= HEADS:
+            say_prefix(prefix, path)
+            check_tensors(state, path)
+            return state
+    raise UserError(
+        f"{path}: not a CBSwR checkpoint: it holds {some_names(tensors) or 'no named tensors'}, "
+        f"and no {' and '.join(sorted(HEADS))}; for weights of a backbone give the backbone, too"
+    )
+
+
+def _sizes(state: dict[str, Tensor]) -> tuple[int, int]:
     """Return K and the embedding size of a state_dict."""
-    cluster_head = state.get("clustering.2.weight")
-    embedding_head = state.get("feat_ext.0.weight")
-    if cluster_head is None or embedding_head is None:
-        raise UserError(f"{path}: not a CBSwR checkpoint: no feat_ext.0 and clustering.2 in it")
-    return len(cluster_head), len(embedding_head)
+    return len(state[CLUSTER_HEAD]), len(state[EMBEDDING_HEAD])
 
 
 def _find_backbone(state: dict[str, Tensor], pooling: Pooling, path: str | os.PathLike) -> str:
@@ -158,7 +171,7 @@ def _find_backbone(state: dict[str, Tensor], pooling: Pooling, path: str | os.Pa
     differences = {}
     for backbone in BACKBONES:
         try:
-            expected = _shapes(backbone, *_sizes(state, path), pooling)
+            expected = _shapes(backbone, *_sizes(state), pooling)
         except UserError:  # it has no such layers
             continue
         names = dict.fromkeys((*expected, *shapes))

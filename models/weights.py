@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.backbones import BACKBONES
 from models.googlenet import from_caffe_name
+from models.tensor_names import check_tensors, flat_tensors, say_prefix, some_names, without_prefix
 from models.timm_backbones import TIMM_PREFIX, import_timm
 from utils.errors import UserError
 from utils.torch_files import read_torch_file
@@ -21,17 +22,12 @@ from utils.torch_files import read_torch_file
 GOOGLENET_FILE = Path(__file__).resolve().parent / "googlenet.h5"
 GOOGLENET_SOURCE = "github.com/vadimkantorov/metriclearningbench (release `data`, googlenet.h5)"
 _QUOTED = re.compile(r"""(['"])(.+)\1""")
-_CLASSIFIER = re.compile(r"(fc|classifier|aux1|aux2|loss\d)\b")  # heads that no backbone here has
+_COUNTER = "num_batches_tracked"
+_HEAD = re.compile(  # of classifiers and of self-supervised training, which no backbone here has
+    r"(fc|classifier|head|heads|aux1|aux2|loss\d|feat_ext|clustering|decoder|"
+    r"project\w*|predict\w*)\b"
+)
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-
-
-def check_tensors(named: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Raise UserError for the first tensor of the file that is not dense, real and finite."""
-    for name, value in named.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_complex():
-            raise UserError(f"{path}: {name} is not a plain tensor; save a plain state_dict")
-        if value.is_floating_point() and not value.float().isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinite values; take another file")
 
 
 def read_hdf5_arrays(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -59,35 +55,24 @@ def read_hdf5_arrays(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def read_weights_file(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read the named tensors of a torch, HDF5 or safetensors file.
+    """Read all tensors of a torch, HDF5 or safetensors file, which its first bytes tell apart.
 
-    Raises UserError if the file is missing, of another kind, or holds no finite tensors.
+    Raises UserError if the file is missing, of another kind, or holds no tensors.
     """
     path = Path(path)
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"weights {path}: {kind}; give a file, auto or none")
     with open(path, "rb") as file:
-        start = file.read(8)
-    if path.suffix == ".safetensors":
-        arrays = _read_safetensors(path)
-    elif start == _HDF5_SIGNATURE or path.suffix in {".h5", ".hdf5"}:
-        arrays = read_hdf5_arrays(path)
-    else:
-        arrays = _named_tensors(read_torch_file(path))
-    if not arrays:
+        start = file.read(9)
+    if start.startswith(_HDF5_SIGNATURE):
+        return read_hdf5_arrays(path)
+    if start.endswith(b"{"):  # 8 bytes hold the length of the header that begins here
+        return _read_safetensors(path)
+    tensors = flat_tensors(read_torch_file(path))
+    if not tensors:
         raise UserError(f"{path}: holds no named tensors; expected a state_dict of a backbone")
-    check_tensors(arrays, path)
-    return arrays
-
-
-def _named_tensors(content: object) -> dict[str, Tensor]:
-    """Return the state_dict in what torch.save wrote, {} if there is none."""
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    items = content.items() if isinstance(content, dict) else ()
-    return {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
+    return tensors
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -154,34 +139,47 @@ def _download(name: str) -> dict[str, Tensor]:
         raise UserError(f"cannot download the weights of {name} ({reason}); {advice}") from None
 
 
-def _fill(backbone: nn.Module, arrays: dict[str, Tensor], name: str, source: str) -> None:
+def _fill(backbone: nn.Module, tensors: dict[str, Tensor], name: str, source: str) -> None:
     """Put named tensors into a backbone. Raises UserError if they do not belong to it."""
     expected = backbone.state_dict()
-    arrays = _backbone_names(arrays, expected)
-    required = [key for key in expected if not key.endswith("num_batches_tracked")]
-    missing = [key for key in required if key not in arrays]
-    if missing:
-        raise UserError(
-            f"{source}: not the weights of {name}: {len(missing)} of {len(expected)} arrays are "
-            f"missing, the first is {missing[0]}; choose the backbone that they belong to"
-        )
-    for key in required:
-        value = arrays[key]
-        if value.shape != expected[key].shape or not value.is_floating_point():
-            raise UserError(
-                f"{source}: not the weights of {name}: {key} holds {value.dtype} "
-                f"{tuple(value.shape)}, expected floating point {tuple(expected[key].shape)}"
-            )
-    backbone.load_state_dict({key: arrays[key] for key in expected if key in arrays}, strict=False)
+    n_required = sum(not key.endswith(_COUNTER) for key in expected)
+    faults = {}
+    for prefix, found in without_prefix(tensors, min(n_required // 2, len(tensors))).items():
+        found = _spelled(found, expected)
+        faults[prefix] = _faults(found, expected)
+        if not faults[prefix]:
+            say_prefix(prefix, source)
+            check_tensors(found, source)
+            backbone.load_state_dict(found, strict=False)
+            return
+    nearest = min(faults.values(), key=len)
+    raise UserError(
+        f"{source}: not the weights of {name}: {nearest[0]} ({len(nearest)} names do not fit); the "
+        f"file holds {some_names(tensors)}, expected were {some_names(expected)}"
+    )
 
 
-def _backbone_names(arrays: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Translate Caffe's, torchvision's and timm's names, with or without prefixes."""
-    renamed = {}
-    for name, value in arrays.items():
-        name = name.removeprefix("module.").removeprefix("base_model.")
-        if _CLASSIFIER.match(name):
+def _spelled(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Translate the names of Caffe, timm and CBSwR checkpoints; heads are left out."""
+    spelled = {}
+    for name, value in tensors.items():
+        name = name.removeprefix("base_model.")
+        spellings = (name, from_caffe_name(name), f"network.{name}")
+        fitting = [spelling for spelling in spellings if spelling in expected]
+        if fitting or not _HEAD.match(name):
+            spelled[fitting[0] if fitting else name] = value
+    return spelled
+
+
+def _faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Say of each name that does not fit what is wrong with it."""
+    faults = []
+    for name, value in expected.items():
+        if name.endswith(_COUNTER):
             continue
-        candidates = (name, from_caffe_name(name), f"network.{name}")
-        renamed[next((c for c in candidates if c in expected), name)] = value
-    return renamed
+        if name not in found:
+            faults.append(f"{name} is missing")
+        elif found[name].shape != value.shape:
+            shapes = f"{tuple(found[name].shape)}, not {tuple(value.shape)}"
+            faults.append(f"{name} has the shape {shapes}")
+    return faults + [f"{name} is not in this network" for name in found.keys() - expected.keys()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -92,6 +93,18 @@ def test_a_bare_state_dict_with_parallel_names_in_halves(tmp_path, small):
     assert torch.equal(weight, small.feat_ext[0].weight.half().float())
 
 
+@pytest.mark.parametrize("place", ["net", "state_dict", "model_state_dict", "ema.module"])
+def test_checkpoints_as_trainers_write_them(tmp_path, small, place):
+    state = {f"module.{name}": value.half() for name, value in small.state_dict().items()}
+    facts = {"epoch": 3, "NMI": np.float64(0.559), "recall": np.arange(4.0)}
+    torch.save(
+        {place: state, "optimizer": {"state": {0: torch.ones(2)}}} | facts, tmp_path / "a.pt"
+    )
+    loaded, info = load_checkpoint(tmp_path / "a.pt")
+    assert (info["epoch"], info["backbone"]) == (3, "resnet_small")
+    assert torch.equal(loaded.feat_ext[0].weight, small.feat_ext[0].weight.half().float())
+
+
 # ------------------------------------------------------------------------------ load_network
 
 
@@ -144,9 +157,12 @@ HEADS = {"feat_ext.0.weight": torch.zeros(3, 4), "clustering.2.weight": torch.on
 @pytest.mark.parametrize(
     "content, words",
     [
-        (torch.zeros(3), "holds no state_dict"),
-        ({"model": None, "epoch": 3}, "holds no state_dict"),
-        ({"model": {"conv1.weight": torch.zeros(3)}}, "no feat_ext.0 and clustering.2"),
+        (torch.zeros(3), "it holds no named tensors"),
+        ({"model": None, "epoch": 3}, "it holds no named tensors"),
+        (
+            {"model": {"conv1.weight": torch.zeros(3)}},
+            "holds model.conv1.weight, and no ",
+        ),
         ({"model": HEADS}, "fits no known backbone"),
         ({"model": HEADS | {"a": torch.full((2,), torch.inf)}}, "a holds NaN or infinite values"),
     ],

@@ -132,6 +132,49 @@ def test_torchvisions_file_in_halves_without_counters(tmp_path, resnet18):
         assert torch.equal(state[name], resnet18[name].half().float()), name
 
 
+@pytest.mark.parametrize("counters", [True, False])
+@pytest.mark.parametrize(
+    "prefix, container",
+    [
+        ("", "state_dict"),
+        ("", "net"),
+        ("module.", "model_state_dict"),
+        ("module.encoder_q.", "state_dict"),
+        ("backbone.", ""),
+        ("encoder._orig_mod.", "model"),
+        ("student.backbone.", "state_dict"),
+        ("module.base_model.", "state_dict_ema"),
+    ],
+)
+def test_files_as_trainers_write_them(tmp_path, resnet18, caplog, prefix, container, counters):
+    halves = {f"{prefix}{name}": value.half() for name, value in resnet18.items()}
+    if not counters:
+        halves = {name: v for name, v in halves.items() if "num_batches" not in name}
+    halves[f"{prefix}projector.0.weight"] = torch.zeros(3, 512)
+    content = {container: halves, "epoch": 3, "NMI": np.float64(0.5)} if container else halves
+    torch.save(content, tmp_path / "trained.pt")
+    weight = build_model("resnet18", weights=tmp_path / "trained.pt").base_model.conv1.weight
+    assert torch.equal(weight, resnet18["conv1.weight"].half().float())
+    said = bool(prefix.replace("module.", "")) or container != "state_dict"
+    assert ("taking the tensors" in caplog.text) == said
+
+
+def test_the_averaged_copy_is_taken(tmp_path, resnet18, caplog):
+    other = {name: torch.zeros_like(value) for name, value in resnet18.items()}
+    for averaged in ("teacher", "model_ema"):
+        torch.save({"student": other, averaged: resnet18}, tmp_path / "pair.pth")
+        model = build_model("resnet18", weights=tmp_path / "pair.pth")
+        assert torch.equal(model.base_model.conv1.weight, resnet18["conv1.weight"])
+        assert f"begin with {averaged}." in caplog.text
+
+
+def test_safetensors_are_known_by_their_content(tmp_path):
+    state = build_model("resnet_small").base_model.state_dict()
+    save_file({key: value.numpy() for key, value in state.items()}, tmp_path / "weights.bin")
+    loaded = build_model("resnet_small", weights=tmp_path / "weights.bin").base_model
+    assert torch.equal(loaded.conv1.weight, state["conv1.weight"])
+
+
 def test_auto_takes_torchvisions_imagenet_weights(resnet18, monkeypatch):
     calls = []
 
@@ -161,14 +204,21 @@ def test_weights_of_another_backbone(tmp_path, resnet18):
     path = tmp_path / "resnet18.pth"
     torch.save(resnet18, path)
     assert_refused(path, "not the weights of resnet50", backbone="resnet50")
-    assert_refused(path, "not the weights of googlenet", "0.7x7_s2.weight", backbone="googlenet")
+    assert_refused(
+        path, "the file holds conv1.weight", "expected were 0.7x7_s2.weight", backbone="googlenet"
+    )
+    assert_refused(path, "layer1.2.conv1.weight is missing", backbone="resnet34")
+    deeper = torchvision.models.resnet34(weights=None).state_dict()
+    torch.save(deeper, path)
+    assert_refused(path, "is not in this network", backbone="resnet18")
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"layer2.0.conv1.weight": None}, "1 of 54 arrays are missing, the first is layer2.0"),
-        ({"layer1.0.bn1.bias": torch.zeros(5)}, "holds torch.float32 (5,), expected"),
+        ({"layer2.0.conv1.weight": None}, "layer2.0.conv1.weight is missing (1 names"),
+        ({"layer2.7.conv1.weight": torch.zeros(2)}, "layer2.7.conv1.weight is not in this network"),
+        ({"layer1.0.bn1.bias": torch.zeros(5)}, "has the shape (5,), not (32,)"),
         ({"layer1.0.bn1.bias": torch.full((32,), torch.nan)}, "holds NaN or infinite values"),
         ({"layer1.0.bn1.bias": torch.zeros(32).to_sparse()}, "is not a plain tensor"),
     ],
