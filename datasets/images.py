@@ -2,53 +2,75 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import struct
 import warnings
+import zlib
+from collections import Counter
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, features
 
 from utils.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # none of them starts a program
 IMAGE_NAME = re.compile(
-    r"\.(jpe?g|jpe|jfif|a?png|gif|bmp|dib|tiff?|webp|p[bgnp]m)\Z", re.IGNORECASE
+    r"\.(jpe?g|jpe|jfif|a?png|gif|bmp|dib|tiff?|webp|p[bgnp]m|avif)\Z", re.IGNORECASE
 )
+HEIF_NAME = re.compile(r"\.(heic|heif|hif)\Z", re.IGNORECASE)
+IMAGE_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|RIFF....WEBP|....ftypavif", re.DOTALL)
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_PIXELS = 300_000_000  # of an image; phones take 200 million
+ORIENTATION = 0x0112  # EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+GRAY_BITS = (8, 12, 16, 24, 31)  # what gray values may need: of sensors, and of int32
+log = logging.getLogger(__name__)
 
 
 class UnreadableError(ValueError):
     """An image file that cannot be read whole; the text says why, without the file's name."""
 
 
-def decode_image(path: str | Path, image_size: int, upright: bool = True) -> np.ndarray:
+def decode_image(path: str | Path, image_size: int, as_stored: bool = False) -> np.ndarray:
     """Decode an image and squash all of it to a square with Lanczos, without cropping.
 
-    Args:
-        path: a file in one of `FORMATS`; of a moving image the first frame counts.
-        image_size: side of the square in pixels.
-        upright: turn the image as its EXIF data say; False takes it as it is stored.
+    Returns uint8 RGB of shape (image_size, image_size, 3). Arguments and errors are those of
+    `open_rgb`; image_size is the side of the square in pixels.
+    """
+    image = open_rgb(path, as_stored)
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS))
 
-    Returns:
-        uint8 RGB of shape (image_size, image_size, 3).
+
+def open_rgb(path: str | Path, as_stored: bool = False) -> Image.Image:
+    """Decode an image in RGB at its own size; of a moving image the first frame counts.
+
+    Args:
+        as_stored: as the released code reads archives: not turned as EXIF says, transparency
+            dropped, the high byte of 16-bit gray. Otherwise as people see it: turned, laid on
+            white, and gray scaled by the bits that its largest value needs.
 
     Raises:
         UnreadableError: the file is no image, is damaged, or has more pixels than
             `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    image = open_rgb(path, upright)
-    return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS))
-
-
-def open_rgb(path: str | Path, upright: bool = True) -> Image.Image:
-    """Decode an image in RGB at its own size; arguments and errors are those of `decode_image`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on metadata
-            with Image.open(path, formats=FORMATS) as image:
-                _check_pixels(image)
-                return as_rgb(ImageOps.exif_transpose(image) if upright else image)
+            image = _load(path)
+            return as_rgb(image, as_stored) if as_stored else as_rgb(_upright(image))
     except Image.UnidentifiedImageError:
         raise UnreadableError("is not an image") from None
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
@@ -56,34 +78,117 @@ def open_rgb(path: str | Path, upright: bool = True) -> Image.Image:
         raise UnreadableError(f"cannot be read as an image ({reason})") from None
 
 
-def _check_pixels(image: Image.Image) -> None:
-    """Raise ValueError for more pixels than Pillow's limit, where Pillow itself would only warn."""
-    n_pixels = image.width * image.height
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit and n_pixels > limit:
-        raise ValueError(f"its size of {n_pixels} pixels exceeds the limit of {limit}")
+def _load(path: str | Path) -> Image.Image:
+    """Decode an image in its own mode; a PNG with damaged metadata without them."""
+    try:
+        return _load_file(path)
+    except (OSError, SyntaxError, ValueError):
+        content = Path(path).read_bytes()
+        if not content.startswith(PNG_SIGNATURE):
+            raise
+        return _load_file(BytesIO(png_without_metadata(content)))
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB: gray to three equal channels, alpha dropped.
+def _load_file(file: str | Path | BytesIO) -> Image.Image:
+    with Image.open(file, formats=_formats()) as image:
+        n_pixels = image.width * image.height
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit and n_pixels > limit:  # Pillow itself only warns, up to twice its limit
+            raise ValueError(f"its size of {n_pixels} pixels exceeds the limit of {limit}")
+        image.load()
+        return image
 
-    Raises:
-        ValueError: the pixels are floating-point numbers, which have no fixed range.
+
+def allow_pixels(count: int) -> None:
+    """Set how many pixels an image may have, in this process."""
+    Image.MAX_IMAGE_PIXELS = count
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return the formats that this machine can decode."""
+    avif = ("AVIF",) if features.check("avif") else ()
+    return (*FORMATS, *avif, *(("HEIF",) if _has_heif() else ()))
+
+
+@cache
+def _has_heif() -> bool:
+    """Return whether pillow-heif is installed, and make Pillow use it."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def png_without_metadata(content: bytes) -> bytes:
+    """Return a PNG file with what its pixels need alone, and right checksums.
+
+    Raises ValueError if it is cut short.
+    """
+    parts = [PNG_SIGNATURE]
+    place = len(PNG_SIGNATURE)
+    kind = b""
+    while kind != b"IEND":
+        if place + 12 > len(content):
+            raise ValueError("the file is truncated")
+        length, kind = struct.unpack_from(">I4s", content, place)
+        chunk = content[place + 4 : place + 8 + length]
+        if kind[:1].isupper() or kind == b"tRNS":  # small letters begin what is not critical
+            parts.append(struct.pack(">I", length) + chunk + struct.pack(">I", zlib.crc32(chunk)))
+        place += 12 + length
+    return b"".join(parts)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF says, if that can be read."""
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # Pillow raises almost anything for odd metadata, which no pixel needs
+        orientation = None
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def as_rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
+    """Convert an image of any mode to RGB: gray to three equal channels.
+
+    as_stored: see `open_rgb`. Raises ValueError for floating-point pixels, which have no range.
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
-    if image.mode.startswith("I"):  # 16-bit gray: the high byte, which Pillow takes of 16-bit color
-        gray = np.asarray(image).clip(0, 65535) >> 8
-        image = Image.fromarray(gray.astype(np.uint8))
-    if image.mode == "P":
+    if image.mode.startswith("I"):  # integers of 16 or 32 bits
+        image = Image.fromarray(_gray_bytes(np.asarray(image).clip(0), as_stored))
+    if image.has_transparency_data and image.mode != "1":
         image = image.convert("RGBA")  # keeps the colors of transparent palette entries
+        if not as_stored:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Find the image files in a folder and all folders below it by their endings.
+def _gray_bytes(values: np.ndarray, as_stored: bool) -> np.ndarray:
+    """Scale gray values of more than 8 bits to 8: uint8 of the same shape."""
+    if as_stored:
+        return (values.clip(max=65535) >> 8).astype(np.uint8)
+    largest = int(values.max())
+    bits = next(bits for bits in GRAY_BITS if largest < 2**bits)
+    if bits != 16:
+        _say_bits(bits)
+    return (values >> (bits - 8)).astype(np.uint8)
 
-    Links are followed; names with a leading dot do not count.
+
+@cache
+def _say_bits(bits: int) -> None:
+    log.warning(
+        "gray values that stay below 2^%d in wider pixels are scaled to the full range", bits
+    )
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Find the image files in a folder and all folders below it, by their endings or content.
+
+    Links are followed; names with a leading dot do not count. What is no image is counted in a
+    line of the log.
 
     Returns:
         Paths below `folder`, sorted part by part.
@@ -94,6 +199,7 @@ def find_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder of images")
     paths = []
+    others: Counter[str] = Counter()
     listed = set()
     for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real_place = os.path.realpath(place)
@@ -102,12 +208,35 @@ def find_images(folder: Path) -> list[Path]:
             continue
         listed.add(real_place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        visible = (name for name in files if not name.startswith("."))
-        images = (Path(place, name) for name in visible if IMAGE_NAME.search(name))
-        paths += [path for path in images if path.is_file()]
+        for path in (Path(place, name) for name in files if not name.startswith(".")):
+            other = _other_kind(path)
+            if other:
+                others[other] += 1
+            else:
+                paths.append(path)
+    counts = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
     if not paths:
-        raise UserError(f"{folder}: no images in it or below; give another folder")
+        remark = f" (it holds {counts})" if counts else ""
+        raise UserError(f"{folder}: no images in it or below{remark}; give another folder")
+    if counts:
+        log.warning("%s: left out are %s", folder, counts)
     return sorted(paths, key=lambda path: path.parts)
+
+
+def _other_kind(path: Path) -> str:
+    """Return what kind of file it is instead of an image, "" for an image."""
+    if not path.is_file():
+        return "links to nothing" if path.is_symlink() else "special files"
+    if IMAGE_NAME.search(path.name):
+        return ""
+    if HEIF_NAME.search(path.name):
+        return "" if _has_heif() else f"{path.suffix} (pip install pillow-heif to read them)"
+    try:
+        with open(path, "rb") as file:
+            is_image = IMAGE_START.match(file.read(16))
+    except OSError:
+        return "files that cannot be read"
+    return "" if is_image else f"{path.suffix or 'files without a suffix'}"
 
 
 def _refuse(error: OSError) -> None:

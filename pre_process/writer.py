@@ -45,7 +45,7 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
     Raises UserError if it cannot be read whole.
     """
     try:
-        return decode_image(path, image_size, upright=False)
+        return decode_image(path, image_size, as_stored=True)
     except UnreadableError as error:
         raise UserError(f"{path}: {error}; unpack it again from the archive") from None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 from raw_folders import save_photo
 
 from datasets.images import UnreadableError, decode_image, find_images, open_rgb
@@ -46,20 +46,29 @@ GRAYS = {  # how each kind of image stores 0-255
     "8 bit": lambda values: values.astype(np.uint8),
     "1 bit": lambda values: values > 99,
     "16 bit": lambda values: values.astype(np.uint16) * 256 + 200,  # the high byte counts
+    "12 bit": lambda values: values.astype(np.uint16) * 16 + 7,
+    "32 bit": lambda values: values.astype(np.int32) * 2**23 + 99,
 }
 
 
 @pytest.mark.parametrize("kind", GRAYS)
 def test_gray_becomes_three_equal_channels(tmp_path, kind):
     values = random_pixels(8, 8)
-    pixels = decoded(Image.fromarray(GRAYS[kind](values)), tmp_path / "a.png")
+    pixels = decoded(Image.fromarray(GRAYS[kind](values)), tmp_path / "a.tif")
     if kind == "1 bit":
         values = np.where(values > 99, 255, 0)
     np.testing.assert_array_equal(pixels, np.stack([values] * 3, axis=-1))
 
 
+def test_gray_of_archives_keeps_its_high_byte(tmp_path):
+    values = random_pixels(8, 8).astype(np.uint16) * 16
+    Image.fromarray(values).save(tmp_path / "a.png")
+    pixels = decode_image(tmp_path / "a.png", 8, as_stored=True)
+    np.testing.assert_array_equal(pixels[..., 0], values >> 8)
+
+
 @pytest.mark.parametrize("transparency", [None, 2, bytes([0, 255, 90, 0])])
-def test_a_palette_becomes_its_colors_even_where_transparent(tmp_path, transparency):
+def test_a_palette_becomes_its_colors_and_white_where_transparent(tmp_path, transparency):
     palette = random_pixels(4, 3)
     entries = random_pixels(8, 8, high=4)
     image = Image.new("P", (8, 8))
@@ -67,17 +76,23 @@ def test_a_palette_becomes_its_colors_even_where_transparent(tmp_path, transpare
     image.putpalette(palette.reshape(-1).tolist())
     options = {} if transparency is None else {"transparency": transparency}
     pixels = decoded(image, tmp_path / "a.png", **options)
-    np.testing.assert_array_equal(pixels, palette[entries])
+    stored = decode_image(tmp_path / "a.png", 8, as_stored=True)
+    np.testing.assert_array_equal(stored, palette[entries])
+    alpha = np.array(list(transparency) if isinstance(transparency, bytes) else [255] * 4)
+    if transparency == 2:
+        alpha[2] = 0
+    share = alpha[entries][..., None] / 255
+    np.testing.assert_allclose(pixels, share * palette[entries] + (1 - share) * 255, atol=1)
 
 
-def test_alpha_is_dropped_before_resizing(tmp_path):
-    rgba = random_pixels(20, 30, 4)
-    rgba[0, :, 3] = 0
-    Image.fromarray(rgba, "RGBA").save(tmp_path / "a.png")
-    Image.fromarray(rgba[:, :, :3].copy(), "RGB").save(tmp_path / "b.png")
-    np.testing.assert_array_equal(
-        decode_image(tmp_path / "a.png", 8), decode_image(tmp_path / "b.png", 8)
-    )
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_white_in_photos_and_dropped_in_archives(tmp_path, mode):
+    ink = Image.new(mode, (16, 16), 0)  # black, and transparent everywhere
+    ink.paste(Image.new(mode, (8, 16), (0,) * (len(mode) - 1) + (255,)), (0, 0))
+    ink.save(tmp_path / "line_art.png")
+    pixels = decode_image(tmp_path / "line_art.png", 16)
+    assert (pixels[:, :7] == 0).all() and (pixels[:, 9:] == 255).all()
+    assert (decode_image(tmp_path / "line_art.png", 16, as_stored=True) == 0).all()
 
 
 def test_cmyk(tmp_path):
@@ -93,11 +108,43 @@ def test_exif_turns_an_image_unless_it_is_wanted_as_stored(tmp_path):
     exif[0x0112] = 6  # "turn me by 90 degrees"
     photo.save(tmp_path / "plain.jpg")
     photo.save(tmp_path / "turned.jpg", exif=exif)
-    stored = decode_image(tmp_path / "turned.jpg", 16, upright=False)
+    stored = decode_image(tmp_path / "turned.jpg", 16, as_stored=True)
     np.testing.assert_array_equal(stored, reference(tmp_path / "plain.jpg", 16))
     upright = open_rgb(tmp_path / "turned.jpg")
     turned = Image.open(tmp_path / "plain.jpg").transpose(Image.Transpose.ROTATE_270)
     np.testing.assert_array_equal(np.asarray(upright), np.asarray(turned))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"Exif\0\0", b"II*\0\xff\xff\xff\x7f", b"MM\0*" * 99, b"\0" * 60]
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_odd_exif_data_do_not_matter(tmp_path, kind, content):
+    photo = Image.fromarray(random_pixels(16, 24, 3))
+    photo.save(tmp_path / "plain", format=kind, lossless=True)
+    photo.save(tmp_path / "odd", format=kind, lossless=True, exif=b"Exif\0\0" + content)
+    np.testing.assert_array_equal(
+        decode_image(tmp_path / "odd", 16), decode_image(tmp_path / "plain", 16)
+    )
+
+
+def test_a_png_with_damaged_metadata_keeps_its_pixels(tmp_path):
+    pixels = random_pixels(8, 8, 3)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("remark", "x" * (2 * PngImagePlugin.MAX_TEXT_CHUNK), zip=True)
+    np.testing.assert_array_equal(
+        decoded(Image.fromarray(pixels), tmp_path / "a.png", pnginfo=text), pixels
+    )
+    content = (tmp_path / "a.png").read_bytes()
+    for kind in (b"zTXt", b"IHDR", b"IDAT"):
+        place = content.index(kind) - 4
+        place += 8 + struct.unpack_from(">I", content, place)[0]
+        wrong = content[:place] + b"oops" + content[place + 4 :]
+        (tmp_path / "a.png").write_bytes(wrong)
+        np.testing.assert_array_equal(decode_image(tmp_path / "a.png", 8), pixels)
+    (tmp_path / "a.png").write_bytes(content[: content.index(b"IDAT") + 100])
+    with pytest.raises(UnreadableError, match="truncated"):
+        decode_image(tmp_path / "a.png", 8)
 
 
 def test_first_frame_of_a_moving_image(tmp_path):
@@ -151,7 +198,7 @@ def test_unreadable(kind, tmp_path):
 # ------------------------------------------------------------------------- images of a folder
 
 
-def test_which_files_are_images(tmp_path):
+def test_which_files_are_images(tmp_path, caplog):
     images = [tmp_path / "b.TIFF", tmp_path / "cat" / "deep" / "a.jpg", tmp_path / "link.png"]
     save_photo(images[0], 1)
     save_photo(images[1], 2)
@@ -162,7 +209,20 @@ def test_which_files_are_images(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "cat" / "loop").symlink_to(tmp_path)
     (tmp_path / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    assert find_images(tmp_path) == images
+    (tmp_path / "movie.mp4").write_bytes(b"\0\0\0 ftypisom")
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0 ftypheic")
+    images.append(save_photo(tmp_path / "hidden.jpg", 3).rename(tmp_path / "picture"))
+    assert find_images(tmp_path) == sorted(images)
+    for words in ("1 links to nothing", "1 .mp4", "1 .txt", "1 .HEIC (pip install pillow-heif"):
+        assert words in caplog.text
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot read AVIF")
+def test_avif(tmp_path):
+    photo = Image.new("RGB", (24, 16), (200, 30, 90))
+    photo.save(tmp_path / "a.avif")
+    assert find_images(tmp_path) == [tmp_path / "a.avif"]
+    assert np.abs(decode_image(tmp_path / "a.avif", 8).astype(int) - (200, 30, 90)).max() < 4
 
 
 def test_a_folder_without_images(tmp_path):
