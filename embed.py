@@ -18,7 +18,6 @@ from models.export import export_onnx
 from utils.devices import choose_device
 from utils.embeddings import EmbeddingWriter
 from utils.errors import UserError, run_script
-from utils.files import check_target
 from utils.options import (
     LARGEST_SEED,
     Parser,
@@ -29,6 +28,7 @@ from utils.options import (
     folder_name,
     name_of,
     path_name,
+    target_file,
     whole,
 )
 from utils.progress import progress
@@ -61,8 +61,8 @@ def make_parser() -> Parser:
     add("--dataset", type=folder_name, help="a pre-processed data set")
     add(
         "--onnx",
-        type=path_name,
-        metavar="FILE",
+        type=target_file(".onnx"),
+        metavar="FILE.onnx",
         help="no images: write the network itself, for center crops of images of --image_size",
     )
     add = group.add_argument
@@ -85,7 +85,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("output").add_argument
     add(
         "--out",
-        type=path_name,
+        type=target_file(".npy"),
         metavar="FILE.npy",
         help="rows of unit length; FILE.csv and FILE.json come with it; after an interruption the "
         "same command goes on",
@@ -104,14 +104,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if name in args.given and getattr(args, needed) is None:
             parser.error(f"--{name} goes with --{needed}")
     if (args.out is None) == (args.onnx is None):
-        parser.error("give --out FILE.npy with images, or --onnx FILE without")
-    try:
-        if args.out:
-            check_target(args.out, ".npy")
-        else:
-            check_target(args.onnx)
-    except UserError as error:
-        parser.error(str(error))
+        parser.error("give --out FILE.npy with images, or --onnx FILE.onnx without")
     return args
 
 

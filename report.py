@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from reports.page import write_report
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 from utils.files import check_target, check_writable
-from utils.options import LARGEST_SEED, Parser, add_machine, name_of, path_name, whole
+from utils.options import LARGEST_SEED, Parser, add_machine, name_of, path_name, target_file, whole
 from utils.runs import BEST, LAST, REPORT
 from utils.signals import StopRequest
 
@@ -19,7 +19,12 @@ def make_parser() -> Parser:
     parser = Parser("Write one HTML page about runs of train.py; it needs no other file.")
     add = parser.add_argument
     add("runs", nargs="*", type=path_name, metavar="RUN", help="folders; several are compared")
-    add("--out", type=path_name, metavar="FILE", help=f"default: {REPORT} in the first folder")
+    add(
+        "--out",
+        type=target_file(".html"),
+        metavar="FILE.html",
+        help=f"default: {REPORT} in the first folder",
+    )
     add("--figures", type=path_name, metavar="DIR", help="also draw PNG files of the (one) run")
     add("--data_dir", type=path_name, help="the folder that holds <dataset>/ (default: the run's)")
     add = parser.add_argument_group("what is shown").add_argument
@@ -41,14 +46,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("give the folder of a run, such as new_checkpoint/CBSwR_CUB200")
     if args.figures and len(args.runs) > 1:
         parser.error("--figures draws those of one run; give one folder")
-    args.out = args.out or str(Path(args.runs[0]) / REPORT)
-    try:
+    if not args.out:
+        args.out = str(Path(args.runs[0]) / REPORT)
         if Path(args.runs[0]).is_dir():  # otherwise the run is what is wrong
-            check_target(args.out, ".html")
-        if args.figures:
-            check_writable(Path(args.figures), "choose another folder for --figures")
-    except UserError as error:
-        parser.error(str(error))
+            check_target(args.out)
+    if args.figures:
+        check_writable(Path(args.figures), "choose another folder for --figures")
     return args
 
 

@@ -16,9 +16,9 @@ from reports.sheets import MOST_ROWS, contact_sheet
 from utils.devices import choose_device
 from utils.embeddings import open_embeddings
 from utils.errors import UserError, run_script
-from utils.files import check_target, write_json, written_whole
+from utils.files import write_json, written_whole
 from utils.index import KINDS, Index
-from utils.options import Parser, add_machine, name_of, path_name, whole
+from utils.options import Parser, add_machine, name_of, path_name, target_file, whole
 from utils.progress import progress
 from utils.signals import StopRequest
 
@@ -40,8 +40,13 @@ def make_parser() -> Parser:
     add("--ef_search", type=whole(1), default=64, help="of hnsw: candidates; more find more")
     add("--checkpoint_path", type=path_name, help="of the embeddings, if it was moved")
     add = parser.add_argument_group("output").add_argument
-    add("--json", type=path_name, metavar="FILE", help="write the hits as JSON")
-    add("--sheet", type=path_name, metavar="FILE.png", help="draw the queries and their hits")
+    add("--json", type=target_file(".json"), metavar="FILE.json", help="write the hits as JSON")
+    add(
+        "--sheet",
+        type=target_file(".png"),
+        metavar="FILE.png",
+        help="draw the queries and their hits",
+    )
     add_machine(parser, neighbors=False)
     return parser
 
@@ -53,13 +58,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, kind in (("nprobe", "ivf"), ("ef_search", "hnsw")):
         if name in args.given and args.index != kind:
             parser.error(f"--{name} goes with --index {kind}")
-    try:
-        if args.json:
-            check_target(args.json)
-        if args.sheet:
-            check_target(args.sheet, ".png")
-    except UserError as error:
-        parser.error(str(error))
     return args
 
 

@@ -21,7 +21,7 @@ from utils.distributed import Processes, joined
 from utils.errors import UserError, run_script
 from utils.evaluation import score, why_no_nmi
 from utils.features import extract_features
-from utils.files import check_target, write_json, written_whole
+from utils.files import write_json, written_whole
 from utils.options import (
     LARGEST_SEED,
     Parser,
@@ -32,10 +32,11 @@ from utils.options import (
     folder_name,
     name_of,
     path_name,
+    target_file,
     whole,
 )
 from utils.progress import progress
-from utils.runs import BEST, nmi_remark, recall_titles, run_folder
+from utils.runs import nmi_remark, recall_titles
 from utils.signals import StopRequest
 
 
@@ -61,8 +62,9 @@ def make_parser() -> Parser:
     add("--nmi", type=name_of(("on", "off")), default="on", help="off: leave out NMI and AMI")
     add("--nmi_engine", type=name_of(ENGINES), default="auto", help="of its k-means")
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of k-means and random weights")
-    add("--json", type=path_name, metavar="FILE", help="write the scores as JSON")
-    add("--save_embeddings", type=path_name, metavar="FILE.npy", help="write them, float32 (N, D)")
+    add("--json", type=target_file(".json"), metavar="FILE.json", help="write the scores as JSON")
+    array = target_file(".npy")
+    add("--save_embeddings", type=array, metavar="FILE.npy", help="write them, float32 (N, D)")
     add_flip_eval(group, None)
     add_precision(add_machine(parser))
     return parser
@@ -80,14 +82,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name in {"n_cluster", "low_dim", "dim"} & args.given:
         if not args.checkpoint_path:
             parser.error(f"--{name} goes with --checkpoint_path")
-    checkpoint = Path(args.checkpoint_path or args.weights)
-    read = [os.path.realpath(path) for path in (checkpoint, run_folder(checkpoint) / BEST)]
-    for target, ending in ((args.json, ""), (args.save_embeddings, ".npy")):
-        if target:
-            check_target(target, ending)
-            if os.path.realpath(target) in read:
-                parser.error(f"{target}: is read, and would be overwritten; choose another name")
-            read.append(os.path.realpath(target))
     return args
 
 

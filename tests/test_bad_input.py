@@ -32,7 +32,8 @@ def place(tmp_path_factory) -> Path:
     trained(folder / "data", folder / "runs").run.rename(folder / "runs" / "done")
     (folder / "runs" / "begun").mkdir()
     (folder / "file").write_text("in the way")
-    (folder / "link").symlink_to(folder / LAST)
+    (folder / "link.json").symlink_to(folder / LAST)
+    (folder / "folder.json").mkdir()
     torch.save({"epoch": 3}, folder / "empty.pth")
     shutil.copytree(folder / "data" / "tiny", folder / "short" / "tiny")
     labels = folder / "short" / "tiny" / "training_tiny_32resized_label.npy"
@@ -95,14 +96,14 @@ TEST = [
     ("--checkpoint_path=no.pth", "no.pth: no such file"),
     ("--checkpoint_path=runs/begun", "runs/begun/best.pth: no such file; runs/begun holds no fin"),
     ("--checkpoint_path=file", "file: "),
-    ("--checkpoint_path=empty.pth", "empty.pth: not a checkpoint"),
-    (f"--checkpoint_path={LAST} --json=data", "data: is a folder; give the name of a file"),
+    ("--checkpoint_path=empty.pth", "empty.pth: not a CBSwR checkpoint: it holds no named"),
+    (f"--checkpoint_path={LAST} --json=file", "file: the name must end in .json"),
+    (f"--checkpoint_path={LAST} --json=folder.json", "folder.json: is a folder; give the name"),
     (f"--checkpoint_path={LAST} --json=none/a.json", "none/a.json: its folder does not exist"),
-    (f"--checkpoint_path={LAST} --json={LAST}", "is read, and would be overwritten"),
-    (f"--checkpoint_path={LAST} --json=link", "link: is read, and would be overwritten"),
+    ("--checkpoint_path=a.json --json=a.json", "would overwrite what --checkpoint_path names"),
+    (f"--checkpoint_path={LAST} --json=link.json", "would overwrite what --checkpoint_path names"),
     (f"--checkpoint_path={LAST} --save_embeddings=a.txt", "the name must end in .npy"),
     (f"--checkpoint_path={LAST} --save_embeddings={IMAGES}", "lies among the data set's arrays"),
-    (f"--checkpoint_path={LAST} --json=a.npy --save_embeddings=a.npy", "would be overwritten"),
 ]
 
 

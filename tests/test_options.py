@@ -287,6 +287,7 @@ VALUES = {  # by the kind of an option
     "whole_list": ("4", "3,6", "0", "4,x", "", "24,25"),
     "folder_name": ("tiny", "done", "new", "", "..", "a/b", "two\nlines", "résumé", "-x"),
     "path_name": PATHS,
+    "target_file": (*PATHS, "a.json", "data/a.npy", "none/a.json"),
     "str": ("last2", "layer2,layer3", "layer9", "gem", "avg,max", "3,1", "0", "x", ""),
 }
 NARROW = {  # what else would take long

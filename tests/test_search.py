@@ -18,6 +18,9 @@ from utils.errors import UserError
 from utils.index import Index
 
 
+PNG = "photos/cat/deep/01.png"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Photos, a network and the embeddings of the photos."""
@@ -147,6 +150,12 @@ REFUSED = [
     ("--embeddings none.npy --query a.jpg", "none.json: no such file; make it with embed.py"),
     ("--embeddings e.npy --query a.jpg --nprobe 3", "--nprobe goes with --index ivf"),
     ("--embeddings e.npy --query a.jpg --sheet s.jpg", "must end in .png"),
+    ("--embeddings e.npy --query photos --json e.json", "would overwrite what --embeddings names"),
+    (
+        "--embeddings e.npy --query photos/cat/deep/01.png --sheet photos/cat/deep/01.png",
+        "what --query names",
+    ),
+    ("--embeddings e.npy --query photos --sheet photos/cat/deep/01.png", "what --query names"),
     ("--embeddings e.npy --query nowhere.jpg", "nowhere.jpg: no such file"),
     ("--embeddings e.npy --query net.pth", "net.pth: is not an image"),
 ]

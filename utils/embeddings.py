@@ -136,8 +136,9 @@ class EmbeddingWriter:
             return self._read_same(self._paths["json"])
         if all(path.exists() for path in self._parts.values()):
             return self._read_same(self._parts["json"])
-        if self._paths["npy"].exists() and not self._parts["json"].exists():
-            raise UserError(f"{self._paths['npy']}: is there, and not of embed.py; {ADVICE}")
+        for path in self._paths.values():
+            if path.exists() and not self._parts["json"].exists():
+                raise UserError(f"{path}: is there, and not of embed.py; {ADVICE}")
         return {}
 
     def _read_same(self, path: Path) -> dict:

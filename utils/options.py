@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from utils.errors import UserError, one_line
+from utils.files import check_target
 
 LARGEST_SEED = 2**32 - 1  # of numpy and scikit-learn
 LARGEST_REAL = 1e30  # far below the largest float32
@@ -111,6 +112,23 @@ def path_name(text: str) -> str:
     return text
 
 
+class TargetPath(str):
+    """The path of a file that a script writes."""
+
+
+def target_file(ending: str) -> Callable[[str], TargetPath]:
+    """Return an argparse type: a file to write, whose name ends in `ending`."""
+
+    def parse(text: str) -> TargetPath:
+        try:
+            check_target(path_name(text), ending)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return TargetPath(text)
+
+    return parse
+
+
 def read_json_object(path: str | os.PathLike) -> dict:
     """Read a JSON object of options. Raises UserError if the file is missing or holds anything
     else.
@@ -132,6 +150,20 @@ def _object_without_doubles(pairs: list[tuple[str, object]]) -> dict:
     if len(content) < len(pairs):
         raise ValueError("a name is there twice")
     return content
+
+
+def _is_among(target: str, path: str) -> bool:
+    """Return whether a file to write is what a path names, or belongs to it.
+
+    An image belongs to its folder, a .csv and a .json to embeddings of the same name.
+    """
+    real_target, real_path = os.path.realpath(target), os.path.realpath(path)
+    if target.endswith(".png") and os.path.exists(target):
+        return Path(real_path) in (Path(real_target), *Path(real_target).parents)
+    stem, suffix = os.path.splitext(real_path)
+    if suffix == ".npy" and not isinstance(path, TargetPath):
+        return real_target in (real_path, f"{stem}.csv", f"{stem}.json")
+    return real_target == real_path
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -183,7 +215,25 @@ class Parser(argparse.ArgumentParser):
         known = self._options()
         names = [word.partition("=")[0] for word in argv]
         args.given = {known[name].dest for name in names if name in known}
+        self._check_targets(args)
         return args
+
+    def _check_targets(self, args: argparse.Namespace) -> None:
+        """Refuse to write over what is read, or over what is written, too."""
+        paths: list[tuple[str, str]] = []
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, TargetPath) or (path and action.type is path_name):
+                    paths.append((path, (action.option_strings or [action.metavar])[0]))
+        for target, target_option in paths:
+            for path, option in paths:
+                is_target = isinstance(target, TargetPath) and option != target_option
+                if is_target and _is_among(target, path):
+                    self.error(
+                        f"{target_option} {target}: would overwrite what {option} names; choose "
+                        "another name"
+                    )
 
     def error(self, message: str) -> None:
         """Exit with status 2 and one line; only the first process of a machine prints it."""
