@@ -161,23 +161,26 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
         check_crop_size(embedder.model.backbone_name, crop_size(source.image_size))
         facts = embedder.facts | embedder.location | source.facts()
         facts["dtype"] = "float16" if args.half else "float32"
-        writer = EmbeddingWriter(Path(args.out), facts, args.overwrite)
+        writer = EmbeddingWriter(Path(args.out), facts, args.overwrite, source.shares_images)
     if writer.complete:
         print(f"{args.out}: is complete already, {writer.rows} rows")
         return
     if writer.images:
         print(f"{args.out}: going on after {writer.images} of {len(source)} images")
-    batches = batches_of(source, args.test_batch, args.workers, writer.images)
+    source.known = writer.known
+    batches = batches_of(source, args.test_batch, writer.images)
     n_batches = (len(source) - writer.images) / args.test_batch
     with closing(writer):
         for crops in progress(batches, n_batches, "embedding"):
             if not args.skip_bad:
                 refuse_unreadable(crops)
-            writer.add(embedder(crops.pixels), crops.listed, crops.unreadable)
+            writer.add(crops.rows(embedder, embedder.dimension), crops.listed, crops.unreadable)
             stop.check()
         if writer.rows == 0:
             raise UserError(f"{args.images}: none of its images can be read")
-        writer.finish()
+        changes = writer.finish()
+    if changes:
+        print(f"{args.out}: {changes}")
     print(
         f"{args.out}: {writer.rows} rows of {embedder.dimension}, {facts['dtype']}, "
         f"{embedder.features} of {facts['backbone']} at {source.image_size} px"
@@ -190,7 +193,7 @@ def open_source(args: argparse.Namespace, trained_size: int | None) -> FileSourc
     """Open the images; files are squashed to the size of the training, or to --image_size."""
     if args.images:
         size = args.image_size or trained_size or DEFAULT_IMAGE_SIZE
-        return FileSource(find_images(Path(args.images)), size)
+        return FileSource(find_images(Path(args.images)), size, args.workers)
     names = SPLITS[1:] if args.split == "all" else [args.split]
     splits = []
     size = args.image_size

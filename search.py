@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from datasets.images import find_images
 from models.embedder import Embedder
 from reports.sheets import MOST_ROWS, contact_sheet
 from utils.devices import choose_device
-from utils.embeddings import open_embeddings
+from utils.embeddings import Embeddings, KnownRows, open_embeddings
 from utils.errors import UserError, run_script
 from utils.files import write_json, written_whole
 from utils.index import KINDS, Index
@@ -39,6 +40,8 @@ def make_parser() -> Parser:
     add("--nprobe", type=whole(1), default=16, help="of ivf: cells to look into; more find more")
     add("--ef_search", type=whole(1), default=64, help="of hnsw: candidates; more find more")
     add("--checkpoint_path", type=path_name, help="of the embeddings, if it was moved")
+    add("--weights", type=path_name, help="of their frozen backbone, if they were moved")
+    add("--skip_bad", action="store_true", help="leave unreadable queries out")
     add = parser.add_argument_group("output").add_argument
     add("--json", type=target_file(".json"), metavar="FILE.json", help="write the hits as JSON")
     add(
@@ -65,21 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Embed the queries, find their neighbors, print them and write the files."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     with StopRequest() as stop, stop.at_once():
-        rows, paths, facts = open_embeddings(Path(args.embeddings))
-        embedder = Embedder.from_facts(facts, choose_device(args.device), args.checkpoint_path)
-        source = FileSource(query_paths(args.query), facts["image_size"])
-        embeddings = embed_queries(args, embedder, source)
-        index = Index(rows, args.index, nprobe=args.nprobe, ef_search=args.ef_search)
-        print(f"{args.embeddings}: {len(rows)} images; {index.description}")
+        file = open_embeddings(Path(args.embeddings))
+        queries, embeddings = embed_queries(args, file)
+        index = Index(file.rows, args.index, nprobe=args.nprobe, ef_search=args.ef_search)
+        print(f"{args.embeddings}: {len(file.rows)} images; {index.description}")
         if args.index != "exact":
             recall, n_queries = index.recall(args.k)
             share = f"{100 * recall:.2f} % (on {n_queries} of the images)"
             print(f"recall@{args.k} against exact search: {share}")
-        k = min(args.k + 1, len(rows))  # a query may find itself
-        results = zip(source.paths, *index.search(embeddings, k), strict=True)
-        answers = [make_answer(*result, paths, args.k) for result in results]
-        print_answers(answers)
+        k = min(args.k + 1, len(file.rows))  # a query may find itself
+        results = zip(queries, *index.search(embeddings, k), strict=True)
+        answers = [make_answer(*result, file.columns, args.k) for result in results]
         write_files(args, answers)
+        print_answers(answers)
     return 0
 
 
@@ -94,28 +95,55 @@ def query_paths(names: Sequence[str]) -> list[Path]:
     return paths
 
 
-def embed_queries(args: argparse.Namespace, embedder: Embedder, source: FileSource) -> np.ndarray:
-    """Embed the query images: (Q, D)."""
+def embed_queries(
+    args: argparse.Namespace, file: Embeddings
+) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Return path and content hash of each query, and the embeddings (Q, D).
+
+    Images that have a row need no network.
+    """
+    source = FileSource(query_paths(args.query), file.facts["image_size"], args.workers)
+    source.known = KnownRows([file])
+    embedder = None
+    queries = []
     parts = []
-    batches = batches_of(source, args.test_batch, args.workers)
+    batches = batches_of(source, args.test_batch)
     for crops in progress(batches, len(source) / args.test_batch, "queries"):
-        if crops.unreadable:
-            path, reason = crops.unreadable[0]
-            raise UserError(f"--query {path}: {reason}; leave it out")
-        parts.append(embedder(crops.pixels))
-    return np.concatenate(parts)
+        for path, reason in crops.unreadable:
+            if not args.skip_bad:
+                raise UserError(f"--query {path}: {reason}; leave it out, or give --skip_bad")
+            print(f"{path}: {reason}: left out")
+        if len(crops.pixels) and embedder is None:
+            device = choose_device(args.device)
+            embedder = Embedder.from_facts(file.facts, device, args.checkpoint_path, args.weights)
+        queries += [(path, sha256) for path, *_, sha256 in crops.listed]
+        parts.append(crops.rows(embedder, file.rows.shape[1]))
+    if not queries:
+        raise UserError("--query: none of the images can be read")
+    return queries, np.concatenate(parts)
 
 
 def make_answer(
-    query: str, distances: np.ndarray, numbers: np.ndarray, paths: Sequence[str], k: int
+    query: tuple[str, str],
+    distances: np.ndarray,
+    numbers: np.ndarray,
+    columns: dict[str, Sequence[str]],
+    k: int,
 ) -> dict:
     """Name the k hits of a query, nearest first, without itself."""
+    path, sha256 = query
+    found = [number for number in numbers if number >= 0]
+    paths = columns["path"]
+    contents = columns.get("sha256", [""] * len(paths))
+    same_place = [n for n in found if os.path.realpath(paths[n]) == os.path.realpath(path)]
+    moved = (n for n in found if contents[n] == sha256 and not os.path.exists(paths[n]))
+    itself = same_place or list(moved)
     hits = []
-    for distance, number in zip(distances, numbers, strict=True):
-        if number >= 0 and paths[number] != query and len(hits) < k:
+    for distance, number in zip(distances, found, strict=False):
+        if number not in itself[:1] and len(hits) < k:
             rank = len(hits) + 1
             hits.append({"rank": rank, "distance": float(distance), "path": paths[number]})
-    return {"query": query, "hits": hits}
+    return {"query": path, "hits": hits}
 
 
 def print_answers(answers: Sequence[dict]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,28 +19,64 @@ from datasets.arrays import Split, beside
 from datasets.images import UnreadableError, decode_image
 from datasets.views import center_crop, read_ahead
 
+FILES_THAT_TELL = 20  # whether a folder is one that was embedded under another name
+
+
+class Known(Protocol):
+    """Rows that are known already, see `utils.embeddings.KnownRows`."""
+
+    def __contains__(self, path: str) -> bool: ...
+
+    def unchanged(self, path: str, entry: os.stat_result) -> tuple[str, np.ndarray] | None: ...
+
+    def of_content(self, sha256: str) -> np.ndarray | None: ...
+
 
 @dataclass(frozen=True)
 class ImageBatch:
     """The center crops of a batch of images.
 
     Attributes:
-        pixels: uint8 RGB (b, crop, crop, 3), of the images that can be read.
-        listed: path and class of each of these.
+        pixels: uint8 RGB (b, crop, crop, 3), of the images that can be read and are not known.
+        listed: path, class, size in bytes, time of change in ns and SHA-256 of each image that
+            has a row; of a row of an array path and class alone.
+        known: the row of each of these if it is known, None if its crop is among the pixels.
         unreadable: path and reason of each image that cannot be read.
     """
 
     pixels: Tensor
-    listed: list[tuple[str, str]]
+    listed: list[tuple[str, str, int | str, int | str, str]]
+    known: list[np.ndarray | None]
     unreadable: list[tuple[str, str]]
+
+    def rows(self, embed: Callable[[Tensor], np.ndarray] | None, dimension: int) -> np.ndarray:
+        """Return all rows (b, D): those that are known, and those that `embed` makes of pixels."""
+        rows = np.empty((len(self.listed), dimension), np.float32)
+        is_new = np.array([row is None for row in self.known], bool)
+        if is_new.any():
+            rows[is_new] = embed(self.pixels)
+        for number in np.flatnonzero(~is_new):
+            rows[number] = self.known[number]
+        return rows
 
 
 class FileSource:
-    """Image files, squashed to squares of `image_size` pixels as pre-processing does it."""
+    """Image files, squashed to squares of `image_size` pixels as pre-processing does it.
 
-    def __init__(self, paths: Sequence[str | os.PathLike], image_size: int) -> None:
+    known: rows that need no crop, if set.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike],
+        image_size: int,
+        workers: int = 1,
+    ) -> None:
+        """workers: threads that decode."""
         self.paths = [os.path.abspath(path) for path in paths]
         self.image_size = image_size
+        self.workers = max(1, workers)
+        self.known: Known | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -55,15 +93,45 @@ class FileSource:
         """Read the images from number `start` to before `stop`."""
         squares = []
         listed = []
+        known = []
         unreadable = []
-        for path in self.paths[start:stop]:
-            try:
-                squares.append(decode_image(path, self.image_size))
-                listed.append((path, ""))
-            except UnreadableError as error:
-                unreadable.append((path, str(error)))
-        images = np.array(squares, np.uint8).reshape(-1, self.image_size, self.image_size, 3)
-        return ImageBatch(torch.from_numpy(center_crop(images)), listed, unreadable)
+        paths = self.paths[start:stop]
+        with ThreadPoolExecutor(self.workers) as pool:
+            for path, (columns, row, square) in zip(
+                paths, pool.map(self._read, paths), strict=True
+            ):
+                if isinstance(square, str):
+                    unreadable.append((path, square))
+                    continue
+                listed.append((path, "", *columns))
+                known.append(row)
+                if row is None:
+                    squares.append(square)
+        pixels = np.array(squares, np.uint8).reshape(-1, self.image_size, self.image_size, 3)
+        return ImageBatch(torch.from_numpy(center_crop(pixels)), listed, known, unreadable)
+
+    def shares_images(self, known: Known) -> bool:
+        """Return whether rows of some of the images are known; of renamed files a few tell."""
+        contents = (file_hash(path) for path in self.paths[:FILES_THAT_TELL])
+        return any(path in known for path in self.paths) or any(
+            known.of_content(sha256) is not None for sha256 in contents
+        )
+
+    def _read(self, path: str) -> tuple[tuple, np.ndarray | None, np.ndarray | str | None]:
+        """Return columns, known row and pixels of an image, or a text why it cannot be read."""
+        try:
+            entry = os.stat(path)
+            columns = (entry.st_size, entry.st_mtime_ns)
+            found = self.known.unchanged(path, entry) if self.known else None
+            if found:
+                return (*columns, found[0]), found[1], None
+            content = Path(path).read_bytes()
+            sha256 = hashlib.sha256(content).hexdigest()
+            row = self.known.of_content(sha256) if self.known else None
+            square = None if row is not None else decode_image(content, self.image_size)
+        except (OSError, UnreadableError) as error:
+            return (), None, getattr(error, "strerror", None) or str(error)
+        return (*columns, sha256), row, square
 
 
 class ArraySource:
@@ -71,8 +139,9 @@ class ArraySource:
 
     def __init__(self, splits: Sequence[Split]) -> None:
         self.splits = splits
+        self.known: Known | None = None  # of whole data sets no row is taken over
         self.image_size = splits[0].image_size
-        self.listed = [row for split in splits for row in listed_paths(split)]
+        self.listed = [(*row, "", "", "") for split in splits for row in listed_paths(split)]
 
     def __len__(self) -> int:
         return len(self.listed)
@@ -89,7 +158,21 @@ class ArraySource:
             rows = split.rows[max(0, start - first) : max(0, stop - first)]
             parts.append(center_crop(split.images)[rows])
             first += len(split)
-        return ImageBatch(torch.from_numpy(np.concatenate(parts)), self.listed[start:stop], [])
+        listed = self.listed[start:stop]
+        pixels = torch.from_numpy(np.concatenate(parts))
+        return ImageBatch(pixels, listed, [None] * len(listed), [])
+
+    def shares_images(self, known: Known) -> bool:
+        """Return whether some of the images are listed among known rows."""
+        return any(row[0] in known for row in self.listed)
+
+
+def file_hash(path: str) -> str:
+    """Return the SHA-256 of a file, "" if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _facts(source: FileSource | ArraySource, fingerprint: str) -> dict:
@@ -97,11 +180,11 @@ def _facts(source: FileSource | ArraySource, fingerprint: str) -> dict:
 
 
 def batches_of(
-    source: FileSource | ArraySource, batch_size: int, workers: int, first: int = 0
+    source: FileSource | ArraySource, batch_size: int, first: int = 0
 ) -> Iterator[ImageBatch]:
-    """Iterate the crops of all images from number `first` on, in order, read ahead by threads."""
+    """Iterate the crops of all images from number `first` on, in order, one batch read ahead."""
     starts = range(first, len(source), batch_size)
-    return read_ahead(lambda start: source.crops(start, start + batch_size), starts, workers)
+    return read_ahead(lambda start: source.crops(start, start + batch_size), starts, workers=1)
 
 
 def listed_paths(split: Split) -> list[tuple[str, str]]:

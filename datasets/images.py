@@ -44,20 +44,23 @@ class UnreadableError(ValueError):
     """An image file that cannot be read whole; the text says why, without the file's name."""
 
 
-def decode_image(path: str | Path, image_size: int, as_stored: bool = False) -> np.ndarray:
+def decode_image(
+    source: str | Path | bytes, image_size: int, as_stored: bool = False
+) -> np.ndarray:
     """Decode an image and squash all of it to a square with Lanczos, without cropping.
 
     Returns uint8 RGB of shape (image_size, image_size, 3). Arguments and errors are those of
     `open_rgb`; image_size is the side of the square in pixels.
     """
-    image = open_rgb(path, as_stored)
+    image = open_rgb(source, as_stored)
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS))
 
 
-def open_rgb(path: str | Path, as_stored: bool = False) -> Image.Image:
+def open_rgb(source: str | Path | bytes, as_stored: bool = False) -> Image.Image:
     """Decode an image in RGB at its own size; of a moving image the first frame counts.
 
     Args:
+        source: a file, or its content.
         as_stored: as the released code reads archives: not turned as EXIF says, transparency
             dropped, the high byte of 16-bit gray. Otherwise as people see it: turned, laid on
             white, and gray scaled by the bits that its largest value needs.
@@ -69,7 +72,7 @@ def open_rgb(path: str | Path, as_stored: bool = False) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on metadata
-            image = _load(path)
+            image = _load(source)
             return as_rgb(image, as_stored) if as_stored else as_rgb(_upright(image))
     except Image.UnidentifiedImageError:
         raise UnreadableError("is not an image") from None
@@ -78,19 +81,19 @@ def open_rgb(path: str | Path, as_stored: bool = False) -> Image.Image:
         raise UnreadableError(f"cannot be read as an image ({reason})") from None
 
 
-def _load(path: str | Path) -> Image.Image:
+def _load(source: str | Path | bytes) -> Image.Image:
     """Decode an image in its own mode; a PNG with damaged metadata without them."""
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
-        return _load_file(path)
+        return _load_content(content)
     except (OSError, SyntaxError, ValueError):
-        content = Path(path).read_bytes()
         if not content.startswith(PNG_SIGNATURE):
             raise
-        return _load_file(BytesIO(png_without_metadata(content)))
+        return _load_content(png_without_metadata(content))
 
 
-def _load_file(file: str | Path | BytesIO) -> Image.Image:
-    with Image.open(file, formats=_formats()) as image:
+def _load_content(content: bytes) -> Image.Image:
+    with Image.open(BytesIO(content), formats=_formats()) as image:
         n_pixels = image.width * image.height
         limit = Image.MAX_IMAGE_PIXELS
         if limit and n_pixels > limit:  # Pillow itself only warns, up to twice its limit

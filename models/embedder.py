@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import numpy as np
 import torch
@@ -55,10 +56,10 @@ class Embedder:
         self.dimension = about.get("low_dim", self.model.pooled_dim)
         self.image_size = about.get("image_size")
         self.location = {
-            "checkpoint": about["checkpoint"],
-            "weights": about["weights"],
-            "seed": seed,
+            name: os.path.abspath(about[name]) if os.path.exists(about[name] or "") else about[name]
+            for name in ("checkpoint", "weights")
         }
+        self.location["seed"] = seed
         self.facts = {
             "backbone": about["backbone"],
             "features": self.features,
@@ -72,13 +73,17 @@ class Embedder:
 
     @classmethod
     def from_facts(
-        cls, facts: dict, device: torch.device | str, checkpoint: str | None = None
+        cls,
+        facts: dict,
+        device: torch.device | str,
+        checkpoint: str | None = None,
+        weights: str | None = None,
     ) -> Embedder:
         """Load the network again that made a file of embeddings.
 
         Args:
             facts: facts and location in the file; older files lack pooling, dim and flip_eval.
-            checkpoint: where the checkpoint lies now, if it was moved.
+            checkpoint, weights: where the file lies now, if it was moved.
 
         Raises UserError if it is not the same network.
         """
@@ -87,7 +92,7 @@ class Embedder:
             device,
             None if is_frozen else checkpoint or facts["checkpoint"],
             facts["backbone"] if is_frozen else None,
-            facts["weights"],
+            weights or facts["weights"],
             pooling=Pooling.parse(
                 facts.get("layers"), facts.get("pool"), False, facts.get("stripes")
             ),
@@ -97,10 +102,10 @@ class Embedder:
             seed=facts["seed"],
         )
         if embedder.facts["network_sha256"] != facts["network_sha256"]:
-            source = embedder.location["checkpoint"] or facts["weights"]
+            source = embedder.location["checkpoint"] or embedder.location["weights"]
             raise UserError(
-                f"{source}: is not the network that made the embeddings; give the checkpoint that "
-                "did, or embed the images again"
+                f"{source}: is not the network that made the embeddings; give the file that did, "
+                "or embed the images again"
             )
         return embedder
 

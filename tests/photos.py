@@ -15,13 +15,16 @@ CLASSES = ("cat", "dog", "owl", "rat")
 SIZE = 32  # pixels that photos are squashed to
 
 
-def make_photos(folder: Path) -> Path:
-    """Write three photos of 40 x 30 pixels of each class, the second one in a deeper folder."""
+def make_photos(folder: Path, first: int = 0) -> Path:
+    """Write three photos of 40 x 30 pixels of each class, the second one in a deeper folder.
+
+    first: the seed of the first photo; others show others.
+    """
     endings = ("jpg", "png", "JPEG")
     for number in range(3 * len(CLASSES)):
         place = folder / CLASSES[number // 3] / ("", "deep", "")[number % 3]
         place.mkdir(parents=True, exist_ok=True)
-        coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        coarse = np.random.default_rng(first + number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         photo = Image.fromarray(coarse).resize((40, 30), Image.Resampling.BICUBIC)
         photo.save(place / f"{number:02d}.{endings[number % 3]}")
     return folder

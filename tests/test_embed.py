@@ -26,6 +26,7 @@ from utils.signals import Stopped, StopRequest
 
 CROP = slice(2, 30)  # the center of 32 pixels
 FACTS = {"dimension": 4, "dtype": "float32", "source": "a"}
+LISTED = ("a.jpg", "", 1, 2, "00")
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ embed.main(sys.argv[1:])
 def test_full_disk(tmp_path):
     """The message says so, and what was saved before stays."""
     rows = np.random.default_rng(0).standard_normal((100, 4)).astype(np.float32)
-    listed = [("a.jpg", "")] * 100
+    listed = [LISTED] * 100
     writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
     writer.add(rows, listed)
     writer.close()
@@ -190,7 +191,7 @@ def test_full_disk(tmp_path):
 
 def test_ended_while_renaming(tmp_path, monkeypatch):
     writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
-    writer.add(np.ones((1, 4)), [("a.jpg", "")])
+    writer.add(np.ones((1, 4)), [LISTED])
     monkeypatch.setattr(utils.embeddings, "write_json", lambda *_: sys.exit("killed"))
     monkeypatch.setattr(EmbeddingWriter, "_save", lambda self: None)
     with pytest.raises(SystemExit):
@@ -200,6 +201,7 @@ def test_ended_while_renaming(tmp_path, monkeypatch):
         open_embeddings(tmp_path / "e.npy")
     writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
     assert writer.images == 0 and not writer.complete
+    writer.close()
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -222,11 +224,15 @@ def test_finished_files(photos, checkpoint, tmp_path):
     other = save_network(tmp_path / "other.pth", seed=6)
     failed(embed(*command, other), "network_sha256 was", "overwrite it")
     assert embed(*command, other, "--overwrite").code == 0
-    (photos / "cat/00.jpg").unlink()
-    failed(embed(*command, other), "the images have changed", "overwrite it")
+    others = make_photos(tmp_path / "others", first=20)
+    failed(embed("--images", others, *command[2:], other), "is of other images", "overwrite it")
+    assert sorted(path.name for path in tmp_path.glob("e.*")) == ["e.csv", "e.json", "e.npy"]
     np.save(tmp_path / "array.npy", np.ones(3))
     with pytest.raises(UserError, match=r"not of embed\.py"):
         EmbeddingWriter(tmp_path / "array.npy", FACTS)
+    (tmp_path / "labels.csv").write_text("path,class")
+    with pytest.raises(UserError, match=r"labels\.csv: is there, and not of embed\.py"):
+        EmbeddingWriter(tmp_path / "labels.npy", FACTS)
 
 
 def test_hash_of_the_network():
@@ -247,8 +253,8 @@ def test_unreadable_images(photos, checkpoint, tmp_path):
     failed(embed(*command), damaged, "is not an image", "--skip_bad")
     result = embed(*command, "--skip_bad", "--test_batch", 1)
     assert result.code == 0 and "1 unreadable images are left out" in result.out
-    rows, paths, facts = open_embeddings(out)
-    assert paths == [str(path) for path in find_images(photos) if path != damaged]
+    rows, columns, facts = open_embeddings(out)
+    assert list(columns["path"]) == [str(path) for path in find_images(photos) if path != damaged]
     assert len(rows) == 11 and facts["unreadable"] == [[str(damaged), "is not an image"]]
     for path in find_images(photos):
         path.write_text("no image")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from datasets.images import find_images
 from reports.sheets import thumbnail
 from utils.errors import UserError
 from utils.index import Index
-
 
 PNG = "photos/cat/deep/01.png"
 
@@ -60,6 +60,28 @@ def test_hits_are_the_nearest_other_images(folder, tmp_path):
         for hit in answer["hits"]:
             line = f"   {hit['rank']}  {hit['distance']:.4f}  {hit['path']}\n"
             assert line in result.out
+
+
+def test_a_query_is_itself_through_a_link_and_after_a_rename(folder, tmp_path):
+    photos = tmp_path / "photos"
+    shutil.copytree(folder / "photos", photos)
+    embedded = ("--images", photos, "--checkpoint_path", folder / "net.pth")
+    assert run_in_process("embed.py", *embedded, "--out", tmp_path / "e.npy").code == 0
+    (tmp_path / "link").symlink_to(photos)
+    places = [photos, tmp_path / "link"]
+    for _ in range(2):
+        for place in places:
+            argv = ("--query", place / "cat/00.jpg", "--k", 12, "--json", tmp_path / "hits.json")
+            assert search(tmp_path, *argv).code == 0
+            hits = json.loads((tmp_path / "hits.json").read_text())[0]["hits"]
+            assert len(hits) == 11 and hits[0]["distance"] > 0.01
+        places = [photos.rename(tmp_path / "renamed")] if photos.exists() else []
+
+
+def test_unreadable_queries_may_be_left_out(folder, tmp_path):
+    queries = (folder / "net.pth", folder / "photos/cat/00.jpg")
+    result = search(folder, "--query", *queries, "--skip_bad")
+    assert result.code == 0 and "net.pth: is not an image: left out" in result.out
 
 
 def test_twin_from_elsewhere(folder, tmp_path):
@@ -135,7 +157,9 @@ def test_moved_and_changed_networks(folder, tmp_path):
     facts = json.loads((folder / "e.json").read_text())
     gone = tmp_path / "gone.pth"
     (tmp_path / "e.json").write_text(json.dumps(facts | {"checkpoint": str(gone)}))
-    query = folder / "photos/cat/00.jpg"
+    row = folder / "photos/cat/00.jpg"
+    assert search(tmp_path, "--query", row).code == 0  # its embedding is there
+    query = make_photos(tmp_path / "others", first=20) / "cat/00.jpg"
     failed(search(tmp_path, "--query", query), "gone.pth: no such file")
     moved = search(tmp_path, "--query", query, "--checkpoint_path", folder / "net.pth")
     assert moved.code == 0
@@ -157,7 +181,8 @@ REFUSED = [
     ),
     ("--embeddings e.npy --query photos --sheet photos/cat/deep/01.png", "what --query names"),
     ("--embeddings e.npy --query nowhere.jpg", "nowhere.jpg: no such file"),
-    ("--embeddings e.npy --query net.pth", "net.pth: is not an image"),
+    ("--embeddings e.npy --query net.pth", "net.pth: is not an image; leave it out, or give"),
+    ("--embeddings e.npy --query net.pth --skip_bad", "none of the images can be read"),
 ]
 
 
