@@ -18,6 +18,7 @@ from torch import Tensor
 from datasets.arrays import Split, beside
 from datasets.images import UnreadableError, decode_image
 from datasets.views import center_crop, read_ahead
+from utils.tables import CSV_FORMAT
 
 FILES_THAT_TELL = 20  # whether a folder is one that was embedded under another name
 
@@ -202,5 +203,5 @@ def listed_paths(split: Split) -> list[tuple[str, str]]:
 
 
 def _read_list(file: Path) -> list[tuple[str, str]]:
-    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
+    with open(file, **CSV_FORMAT) as lines:
         return [(row["path"], row["class"]) for row in csv.DictReader(lines)]

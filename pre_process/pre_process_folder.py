@@ -6,7 +6,6 @@ python pre_process/pre_process_folder.py --images photos --name my_set
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run
 from datasets.arrays import SCRIPTS, UNLABELED
 from datasets.images import UnreadableError, decode_image, find_images
 from pre_process import raw_lists
+from pre_process.label_lists import clean_classes, folder_classes, read_labels
 from pre_process.raw_lists import Half
 from pre_process.script import folder, home_of, option_parser, write
 from utils.errors import UserError, run_script
@@ -69,9 +69,13 @@ def main() -> None:
     paths = images
     classes: list[str] = []
     if args.labels == SUBFOLDERS:
-        classes = [subfolder(path, args.images) for path in images]
+        classes = folder_classes(images, args.images)
     elif args.labels:
-        paths, classes = read_labels(args.images, Path(args.labels))
+        paths, classes = read_labels(Path(args.labels), args.images, images)
+    classes, n_cleaned = clean_classes(classes)
+    if n_cleaned:
+        print(f"{n_cleaned} names of classes have blanks at their ends or another Unicode form:")
+        print(f"cleaned, there are {len(set(classes))} classes")
     splits = make_splits(paths, classes, args)
     make_row = decode_image if args.skip_bad else read_photo
     home = home_of(args.name, args.data_dir)
@@ -112,41 +116,6 @@ def read_photo(path: Path, image_size: int) -> np.ndarray:
         raise UserError(
             f"{path}: {error}; mend or remove it, or leave such images out with --skip_bad"
         ) from None
-
-
-def subfolder(path: Path, images: Path) -> str:
-    """Return the name of the folder directly below `images` that an image is in, its class."""
-    if path.parent == images:
-        raise UserError(
-            f"{path}: lies directly in --images; with --labels subfolders every image is in the "
-            "folder of its class"
-        )
-    return path.relative_to(images).parts[0]
-
-
-def read_labels(images: Path, file: Path) -> tuple[list[Path], list[str]]:
-    """Read the images below `images` that a CSV file lists, in its order, and their classes.
-
-    Raises UserError that names file and line for what is missing or listed twice.
-    """
-    classes: dict[Path, str] = {}
-    try:
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            table = csv.DictReader(lines)
-            if not {"path", "class"} <= set(table.fieldnames or ()):
-                raise UserError(f"{file}: name its columns path,class in the first line")
-            for row in table:
-                place = f"{file}: line {table.line_num}"
-                if not row["class"]:
-                    raise UserError(f"{place}: no class; give every image one, or remove the line")
-                path = raw_lists.image_path(images, row["path"] or "", place)
-                if path in classes:
-                    raise UserError(f"{place}: {row['path']} is listed twice; remove one line")
-                classes[path] = row["class"]
-    except (FileNotFoundError, csv.Error) as error:
-        raise UserError(f"--labels: {error}; give a CSV file, or subfolders") from None
-    raw_lists.check_images_exist(list(classes))
-    return list(classes), list(classes.values())
 
 
 def make_splits(

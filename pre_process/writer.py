@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from utils.errors import UserError
 from utils.files import check_writable, disk_faults, made_folder, written_whole
 from utils.progress import progress
 from utils.signals import StopRequest
+from utils.tables import CSV_FORMAT, csv_writer
 
 BYTES_PER_TASK = 2**20  # of pixels: small, so that memory stays small and the last worker ends soon
 ELSEWHERE = "make room there or choose another folder"
@@ -156,8 +156,8 @@ def write_integers(path: Path, values: Sequence[int]) -> None:
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV file; a file name that is not UTF-8 keeps its bytes."""
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
-        table = csv.writer(out, lineterminator="\n")
+    with open(path, "w", **CSV_FORMAT) as out:
+        table = csv_writer(out)
         table.writerow(columns)
         table.writerows(rows)
 

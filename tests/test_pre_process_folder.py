@@ -144,6 +144,70 @@ def test_a_path_that_is_not_utf8_is_kept(script, photos):
     assert str(photos / name) in half("training")[1] + half("validation")[1]
 
 
+CLASSES = {"cat/00.jpg": "cat", "dog/03.jpg": "cat", "rat/11.JPEG": "é", "owl/06.jpg": "owl"}
+CLASSES |= {"rat/09.jpg": "é", "owl/08.JPEG": "owl"}
+
+
+def odd_lists() -> dict[str, bytes]:
+    """Return the same list of images in the forms that people and programs save."""
+    table = "".join(f"{path},{name}\n" for path, name in CLASSES.items())
+    plain = "path,class\n" + table
+    absolute = "".join(f"{Path('photos', line).absolute()}\n" for line in table.splitlines())
+    return {
+        "plain": plain.encode(),
+        "semicolons of a spreadsheet": plain.replace(",", ";").encode("utf-8-sig"),
+        "tabs in UTF-16": plain.replace(",", "\t").encode("utf-16"),
+        "a head in capitals, blanks": (" Path , Class \n" + table.replace(",", " , ")).encode(),
+        "backslashes": plain.replace("/", "\\").encode(),
+        "absolute paths": f"path,class\n{absolute}".encode(),
+        "class names in two Unicode forms": plain.replace("09.jpg,é", "09.jpg,e\u0301").encode(),
+        "odd blanks": plain.replace("dog/03.jpg,cat", "dog/03.jpg,\u202fcat\u200b\u00a0").encode(),
+        "lines of Windows, columns more": plain.replace("\n", ",x\r\n").encode(),
+    }
+
+
+@pytest.mark.usefixtures("photos")
+def test_lists_as_people_save_them(script):
+    for form, content in odd_lists().items():
+        Path("labels.csv").write_bytes(content)
+        done = script("--labels", "labels.csv", "--split_by", "images")
+        assert (done.code, done.err) == (0, ""), form
+        _, paths, classes = (
+            first + second for first, second in zip(*map(half, HALVES), strict=True)
+        )
+        found = {str(Path(path).relative_to(Path("photos").absolute())) for path in paths}
+        assert found == CLASSES.keys(), form
+        assert sorted(classes) == sorted(CLASSES.values()), form
+        assert ("names of classes" in done.out) == (form.split()[0] in ("a", "class", "odd")), form
+
+
+NAMES = ["Screenshot\u202f1.png", "no\u00a0break.png", "\u3000.png", "zero\u200bwidth.png", " .png"]
+NAMES += ["line\nfeed.png", "carriage\rreturn.png", "comma,;\t|.png", 'quo"te.png', "e\u0301.png"]
+
+
+def test_what_is_written_is_read_back_for_every_name(script, photos):
+    for number, name in enumerate(NAMES):
+        save_photo(photos / "plain.png", number).rename(photos / "owl" / name)
+    assert script("--labels", "subfolders").code == 0
+    written = [half(name)[1:] for name in HALVES]
+    lists = [f"data/mine/{name}_mine_{SIZE}resized_paths.csv" for name in HALVES]
+    texts = [Path(file).read_bytes() for file in lists]
+    Path("again.csv").write_bytes(texts[0] + texts[1].partition(b"\r\n")[2])
+    assert script("--labels", "again.csv").code == 0
+    assert [half(name)[1:] for name in HALVES] == written
+    assert len({path for paths, _ in written for path in paths}) == 12 + len(NAMES)
+
+
+def test_composed_names_find_decomposed_files(script, photos):
+    for number, name in enumerate(("re\u0301", "u\u0308")):
+        save_photo(photos / "x.png", number).rename(photos / f"{name}.png")
+    rows = "r\u00e9.png,a\n\u00fc.png,b\ncat/00.jpg,a\nrat/11.JPEG,b\n"
+    Path("labels.csv").write_text(f"path,class\n{rows}")
+    done = script("--labels", "labels.csv", "--split_by", "images", "--train_share", "0.5")
+    assert (done.code, done.err) == (0, "")
+    assert str(photos / "re\u0301.png") in half("training")[1] + half("validation")[1]
+
+
 # -------------------------------------------------------------------------- unreadable images
 
 
@@ -208,8 +272,9 @@ CSV_FAULTS = [
     ("file,class\ncat/00.jpg,1\n", "name its columns path,class"),
     ("path,class\ncat/00.jpg,\n", "line 2: no class"),
     ("path,class\ncat/00.jpg,1\ncat/00.jpg,2\n", "line 3: cat/00.jpg is listed twice"),
-    ("path,class\n../photos/cat/00.jpg,1\n", "leaves"),
-    ("path,class\nnone.jpg,1\n", "none.jpg: listed, but no such file"),
+    ("path,class\n../mine.csv,1\n", "line 2: '../mine.csv' is no image below "),
+    ("path,class\nnone.jpg,1\ncat/00.jpg,1", "(1 of 2 rows have no image)"),
+    ("path,class\ncat/00.jpg,\u200b\n", "line 2: no class"),
     ("path,class\ncat/00.jpg,1\ndog/03.jpg,2\n", "2 classes; 3 are needed"),
     ("path,class\ncat/00.jpg,1\ndog/03.jpg,2\nowl/06.jpg,3\n", "1 images in the training half"),
 ]

@@ -23,12 +23,12 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.files import disk_faults, lock_file, sync_folder, write_json
+from utils.tables import CSV_FORMAT, csv_writer
 
 SAVE_EVERY = 2.0  # seconds of work that a kill may cost
 COLUMNS = ("path", "class", "bytes", "modified_ns", "sha256")
 OF_IMAGES = ("source", "images")  # facts that change with a folder
 NOT_COMPARED = ("checkpoint", "weights", "seed")  # the hash of the network says more
-CSV_FORMAT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 ADVICE = "choose another name, or overwrite it"
 NO_ROOM = "make room; the same command goes on"
 
@@ -183,7 +183,7 @@ class EmbeddingWriter:
             self._parts[kind].touch()
         self._npy = open(self._parts["npy"], "rb+")  # noqa: SIM115  # see close
         self._csv = open(self._parts["csv"], "r+", **CSV_FORMAT)  # noqa: SIM115
-        self._table = csv.writer(self._csv, lineterminator="\n")
+        self._table = csv_writer(self._csv)
         if not lock_file(self._npy.fileno()):
             name = self._paths["npy"]
             raise UserError(f"{name}: another process is writing it; choose another name")

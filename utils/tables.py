@@ -1,0 +1,55 @@
+"""CSV tables: written so that every file name can be read again, read as people write them."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from utils.errors import UserError
+
+CSV_FORMAT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # of open
+DELIMITERS = ",;\t|"
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # of no width, and no blanks for str.strip
+
+
+def csv_writer(file: IO[str]) -> csv.writer:
+    """Return a writer of rows for a file that was opened by `CSV_FORMAT`."""
+    # With these ends of lines the module quotes carriage returns in names, too.
+    return csv.writer(file, lineterminator="\r\n")
+
+
+def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Read columns of a table, whatever its encoding, its delimiter and the case of its head.
+
+    Yields the place of each row, for messages, and its cells. Bytes that are not UTF-8 are kept as
+    in file names. Raises UserError if the file lacks a column or is no table.
+    """
+    with open(file, "rb") as start:
+        is_utf16 = start.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = {"encoding": "utf-16" if is_utf16 else "utf-8-sig"}
+    try:
+        with open(file, **CSV_FORMAT | encoding) as lines:
+            head = lines.readline()
+            for delimiter in DELIMITERS:
+                cells = next(csv.reader([head], delimiter=delimiter), [])
+                names = [clean(name).lower() for name in cells]
+                if set(columns) <= set(names):
+                    break
+            else:
+                raise UserError(f"{file}: name its columns {','.join(columns)} in the first line")
+            places = [names.index(name) for name in columns]
+            table = csv.reader(lines, delimiter=delimiter)
+            for row in filter(None, table):
+                cells = [row[place] if place < len(row) else "" for place in places]
+                yield f"{file}: line {table.line_num + 1}", cells
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not a table ({error}); save it as CSV in UTF-8") from None
+
+
+def clean(name: str) -> str:
+    """Return a name without blanks and invisible characters at its ends, in Unicode's NFC."""
+    return unicodedata.normalize("NFC", name.strip().strip(INVISIBLE).strip())
