@@ -19,7 +19,7 @@ from utils.clustering import ENGINES
 from utils.devices import choose_device
 from utils.distributed import Processes, joined
 from utils.errors import UserError, run_script
-from utils.evaluation import score, why_no_nmi
+from utils.evaluation import alone_remark, check_classes, score, why_no_nmi
 from utils.features import extract_features
 from utils.files import write_json, written_whole
 from utils.options import (
@@ -127,6 +127,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
         "device": device.type,
     }
     if split.labeled:
+        result["alone"] = check_classes(split.labels, split.is_query)
         result |= score(
             features.to(device),
             split.labels,
@@ -187,6 +188,8 @@ def print_result(args: argparse.Namespace, result: dict) -> None:
         ]
         print("  ".join(shown))
     print(f"NMI {nmi_remark(result)}")
+    if result["alone"]:
+        print(alone_remark(result["alone"]))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from utils import options
 from utils.devices import choose_device, compute_deterministically, memory_faults
 from utils.distributed import Processes, joined
 from utils.errors import run_script
-from utils.evaluation import check_classes, score, why_no_nmi
+from utils.evaluation import alone_remark, check_classes, score, why_no_nmi
 from utils.events import EventFile
 from utils.features import extract_features, pooled_features
 from utils.logs import log, log_epoch, log_start, log_summary, start_log
@@ -168,8 +168,7 @@ class Job:
         self.training = load_split(args.data_dir, args.dataset, "training", args.image_size)
         size = self.training.image_size
         self.test = load_split(args.data_dir, args.dataset, "validation", size)
-        if self.test.labeled:
-            check_classes(self.test.labels)
+        n_alone = check_classes(self.test.labels, self.test.is_query) if self.test.labeled else 0
         self.data = {"training": self.training.fingerprint(), "validation": self.test.fingerprint()}
         self.held_out = None
         if args.val_classes:
@@ -217,6 +216,7 @@ class Job:
             run.open(self.config, self.state.rows, args.overwrite, bool(args.resume))
             start_log(Path(args.log_dir or run.path), args.model_name)
             changes.insert(0, f"{self.training} to train on, {self.test} to test on")
+            changes += filter(None, [alone_remark(n_alone)])
             if saved:
                 changes.append(f"goes on after epoch {self.state.epoch}, step {self.state.step}")
             log_start(args, self.device, changes)

@@ -198,11 +198,13 @@ def _only_size(folder: Path, dataset: str, split: str) -> int:
 
 
 def _how_to_make(dataset: str) -> str:
+    elsewhere = f"if it lies elsewhere, name the folder that holds {dataset}/ (data_dir)"
     if dataset in SCRIPTS:
-        return f"make it with python pre_process/pre_process_{dataset}.py"
+        return f"make it with python pre_process/pre_process_{dataset}.py; {elsewhere}"
     return (
         "make it from a folder of images with python pre_process/pre_process_folder.py --images "
-        f"DIR --name {dataset} (data sets with a script of their own: {', '.join(SCRIPTS)})"
+        f"DIR --name {dataset} (data sets with a script of their own: {', '.join(SCRIPTS)}); "
+        f"{elsewhere}"
     )
 
 

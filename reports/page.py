@@ -62,7 +62,7 @@ def write_report(
         write_figures(figures, charts([(runs[0].name, runs[0].rows)]), sights[0])
     page = render(runs, sights, options)
     with written_whole(out) as path:
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="replace")  # names of any bytes
     return [f"{run.path}: {sentence}" for run in runs for sentence in run.missing.values()]
 
 

@@ -13,7 +13,8 @@ from test_retrieval import MEMORY_MB, literal_neighbors
 from torch import Tensor
 
 from utils.clustering import kmeans
-from utils.evaluation import RECALL_AT, score, why_no_nmi
+from utils.errors import UserError
+from utils.evaluation import RECALL_AT, alone_remark, check_classes, score, why_no_nmi
 from utils.metrics import clustering_nmi, clustering_scores, precision_at_r, recall_at_k
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,6 +159,21 @@ def test_queries_search_the_gallery_alone():
     expected = recall_at_k(rows[:20], labels[:20], (1, 10, 20, 30, 40, 50), gallery=gallery)
     expected = {f"recall@{k}": share for k, share in expected.items()}
     assert scores == expected | {"nmi_left_out": "not asked for"}
+
+
+def test_images_that_are_alone_in_their_class():
+    """R@K counts them as misses, MAP@R leaves them out; training and test judge alike."""
+    rows = np.array([[0.0], [0.1], [5.0], [5.1], [9.0]])
+    labels = np.array([1, 1, 2, 2, 3])
+    assert check_classes(labels) == 1
+    scores = score(torch.from_numpy(rows), labels, no_nmi="not asked for", full=True)
+    assert scores["recall@1"] == pytest.approx(0.8) and scores["map@r"] == 1
+    assert check_classes(labels, np.array([1, 0, 1, 0, 1], bool)) == 1
+    assert check_classes(labels, np.array([1, 1, 1, 0, 0], bool)) == 2
+    assert "1 test images have no other one" in alone_remark(1) and alone_remark(0) == ""
+    for wrong in (np.arange(5), np.zeros(5)):
+        with pytest.raises(UserError, match="nothing to score"):
+            check_classes(wrong)
 
 
 def test_what_cannot_be_scored():

@@ -157,6 +157,20 @@ def test_lists_with_windows_line_ends_and_empty_lines(tmp_path):
     check_arrays("cub200", make_cub(raw))
 
 
+@pytest.mark.parametrize("link_folders", [False, True])
+def test_images_may_be_links(tmp_path, link_folders):
+    """As git-annex, DVC and the caches of hubs store them."""
+    raw = make_cub(tmp_path / "data" / "cub200")
+    images = raw / "images"
+    for place in list(images.iterdir()) if link_folders else list(images.rglob("*.jpg")):
+        stored = tmp_path / "store" / place.relative_to(images)
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        place.rename(stored)
+        place.symlink_to(stored)
+    assert script("cub200", "--data_dir", tmp_path / "data").code == 0
+    check_arrays("cub200", raw)
+
+
 def test_every_number_of_workers_writes_the_same_bytes(tmp_path, monkeypatch):
     make_cub(tmp_path / "cub200", extra=30)
     monkeypatch.setattr(writer, "BYTES_PER_TASK", 4 * SIZE**2 * 3)  # four rows a task

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from models import build_model
 from reports import findings
 from reports.curves import charts
+from utils.tables import CSV_FORMAT
 
 
 def test_one_file_holds_sections_scores_and_images(reported):
@@ -69,6 +70,17 @@ def test_names_and_values_are_only_text(reported):
     page = reported.text("hostile")
     assert HOSTILE not in page and "&lt;img src=x" in page
     assert "<b>bold</b>" not in page and "&lt;b&gt;bold" in page
+
+
+def test_names_of_any_bytes(reported, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(reported.data, data)
+    write_run(tmp_path / "run", data)
+    listed = "".join(f"/photos/caf\udce9/{row}.jpg,caf\udce9\n" for row in range(24))
+    with open(data / "tiny/validation_tiny_32resized_paths.csv", "w", **CSV_FORMAT) as table:
+        table.write(f"path,class\n{listed}")
+    page, _ = report(tmp_path / "run", out=tmp_path / "page.html")
+    assert "class caf?" in page
 
 
 def test_the_page_says_what_is_missing(reported, tmp_path):

@@ -78,6 +78,16 @@ def test_a_query_is_itself_through_a_link_and_after_a_rename(folder, tmp_path):
         places = [photos.rename(tmp_path / "renamed")] if photos.exists() else []
 
 
+def test_a_full_disk_names_the_file(folder, tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    query = folder / "photos/cat/00.jpg"
+    result = search(folder, "--query", query, "--sheet", tmp_path / "hits.png")
+    failed(result, f"{tmp_path}/hits.png: No space left on device")
+
+
 def test_unreadable_queries_may_be_left_out(folder, tmp_path):
     queries = (folder / "net.pth", folder / "photos/cat/00.jpg")
     result = search(folder, "--query", *queries, "--skip_bad")

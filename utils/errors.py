@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,31 @@ def one_line(text: str) -> str:
     return f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
 
 
+class LastingFile(io.FileIO):
+    """A pipe whose reader may go away: what it no longer reads is dropped."""
+
+    def write(self, content: bytes) -> int:
+        """Write bytes, and return how many."""
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            return len(content)
+
+
+def lasting_stream(number: int) -> io.TextIOWrapper:
+    """Open a standard stream by its number, 1 or 2, so that no work ends for want of a reader.
+
+    A stream that was closed leads nowhere. Names outside of the terminal's encoding are escaped.
+    """
+    try:
+        os.fstat(number)
+    except OSError:  # or else a file would get its number, and what is printed with it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    file = io.BufferedWriter(LastingFile(number, "w", closefd=False))
+    encoding = getattr(sys.__stdout__, "encoding", "utf-8")
+    return io.TextIOWrapper(file, encoding, "backslashreplace", line_buffering=True)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run the `main` of a script and exit; a user's mistake or a file error becomes one line.
 
@@ -39,11 +66,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     number for another signal (see `utils.signals`). Everything else is a bug and ends in its
     traceback.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # a file name outside the terminal's encoding must not end a run
-            stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is sys.__stdout__:  # not in a test that reads what is printed
+        sys.stdout, sys.stderr = lasting_stream(1), lasting_stream(2)
     script = Path(sys.argv[0]).name
     try:
         sys.exit(main())

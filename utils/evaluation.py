@@ -30,10 +30,35 @@ def why_no_nmi(choice: str, n_classes: int) -> str:
     return ""
 
 
-def check_classes(labels: np.ndarray) -> None:
-    """Raise UserError for labels (N,) of one class: any embedding would score 100."""
+def check_classes(labels: np.ndarray, is_query: np.ndarray | None = None) -> int:
+    """Return how many queries have no other image of their class to find.
+
+    labels, is_query: (N,) of the test half, see `score`. Raises UserError if there is nothing to
+    score: one class, with which any embedding would score 100, or no query with an image to find.
+    """
     if len(np.unique(labels)) < 2:
         raise UserError("the test half holds images of one class only; there is nothing to score")
+    queries = labels if is_query is None else labels[is_query]
+    classes, counts = np.unique(
+        labels if is_query is None else labels[~is_query], return_counts=True
+    )
+    found = dict(zip(classes.tolist(), (counts - (is_query is None)).tolist(), strict=True))
+    n_alone = sum(found.get(label, 0) < 1 for label in queries.tolist())
+    if n_alone == len(queries):
+        raise UserError(
+            "no test image has another one of its class to find; there is nothing to score"
+        )
+    return n_alone
+
+
+def alone_remark(n_alone: int) -> str:
+    """Say how queries without an image to find count, "" if there are none."""
+    if n_alone == 0:
+        return ""
+    return (
+        f"{n_alone} test images have no other one of their class to find: R@K counts them as "
+        "misses, MAP@R and R-precision leave them out"
+    )
 
 
 def score(
@@ -59,9 +84,9 @@ def score(
         full: also MAP@R and R-precision.
 
     Returns {"recall@1": .., "nmi": .., "ami": .., "nmi_protocol": how k-means was run} or, without
-    NMI, "nmi_left_out": why. Raises UserError if there is one class only, or nothing to score.
+    NMI, "nmi_left_out": why. Raises UserError as `check_classes`.
     """
-    check_classes(labels)
+    check_classes(labels, is_query)
     n_classes = len(np.unique(labels))
     searching = (embeddings, labels)
     gallery = None

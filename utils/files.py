@@ -20,7 +20,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     remove it.
 
     A reader sees the old file or the new one, never a part of one. Raises what the writing raises,
-    and FileNotFoundError if the folder does not exist.
+    an OSError with the name of the file, and FileNotFoundError if the folder does not exist.
     """
     path = Path(path)
     if not path.absolute().parent.is_dir():
@@ -31,9 +31,11 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 
