@@ -8,21 +8,24 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
+
 from datasets.arrays import DEFAULT_IMAGE_SIZE, SMALLEST_IMAGE_SIZE, load_split
 from datasets.folder import ArraySource, FileSource, ImageBatch, batches_of
-from datasets.images import find_images
+from datasets.images import allow_pixels, find_images
 from datasets.views import crop_size
 from models import BACKBONES, Pooling, check_crop_size
 from models.embedder import Embedder
 from models.export import export_onnx
 from utils.devices import choose_device
-from utils.embeddings import EmbeddingWriter
+from utils.embeddings import EmbeddingWriter, count_alike
 from utils.errors import UserError, run_script
 from utils.options import (
     LARGEST_SEED,
     Parser,
     add_flip_eval,
     add_machine,
+    add_max_pixels,
     add_pooling,
     add_precision,
     folder_name,
@@ -49,6 +52,7 @@ GOES_WITH = {
     "precision": "out",
 }
 SPLITS = ("all", "training", "validation")
+MANY_ALIKE = 0.1  # share of images that show the same, worth a remark
 MOST_NAMED = 3  # unreadable images that an error names
 
 
@@ -71,6 +75,7 @@ def make_parser() -> Parser:
     size_default = f"(default: as trained, or {DEFAULT_IMAGE_SIZE})"
     add("--image_size", type=whole(SMALLEST_IMAGE_SIZE), help=f"side in pixels {size_default}")
     add("--skip_bad", action="store_true", help="leave unreadable images out, list them in .json")
+    add_max_pixels(group)
     group = parser.add_argument_group("network")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--checkpoint_path", type=path_name, help="a checkpoint or a run's folder: its embedding")
@@ -111,6 +116,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Embed the images, or write the network."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
+    allow_pixels(args.max_pixels)
     with StopRequest() as stop:
         if args.onnx:
             with stop.at_once():
@@ -187,6 +193,9 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
     )
     if writer.unreadable:
         print(f"{len(writer.unreadable)} unreadable images are left out, see the .json")
+    n_alike = count_alike(np.load(args.out, mmap_mode="r").round(3))
+    if n_alike > MANY_ALIKE * writer.rows:
+        print(f"{n_alike} images have the embedding of another one; do they show anything?")
 
 
 def open_source(args: argparse.Namespace, trained_size: int | None) -> FileSource | ArraySource:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.folder import FileSource, batches_of
-from datasets.images import find_images
+from datasets.images import allow_pixels, find_images
 from models.embedder import Embedder
 from reports.sheets import MOST_ROWS, contact_sheet
 from utils.devices import choose_device
@@ -19,7 +19,15 @@ from utils.embeddings import Embeddings, KnownRows, open_embeddings
 from utils.errors import UserError, run_script
 from utils.files import write_json, written_whole
 from utils.index import KINDS, Index
-from utils.options import Parser, add_machine, name_of, path_name, target_file, whole
+from utils.options import (
+    Parser,
+    add_machine,
+    add_max_pixels,
+    name_of,
+    path_name,
+    target_file,
+    whole,
+)
 from utils.progress import progress
 from utils.signals import StopRequest
 
@@ -27,7 +35,8 @@ from utils.signals import StopRequest
 def make_parser() -> Parser:
     """Declare the options."""
     parser = Parser("Find the images of a file of embeddings that are most like some query images.")
-    add = parser.add_argument_group("search").add_argument
+    group = parser.add_argument_group("search")
+    add = group.add_argument
     add("--embeddings", type=path_name, required=True, metavar="FILE.npy", help="of embed.py")
     add("--query", type=path_name, required=True, nargs="+", help="images, and folders of images")
     add("--k", type=whole(1), default=10, help="hits of each query; the query itself is no hit")
@@ -42,6 +51,7 @@ def make_parser() -> Parser:
     add("--checkpoint_path", type=path_name, help="of the embeddings, if it was moved")
     add("--weights", type=path_name, help="of their frozen backbone, if they were moved")
     add("--skip_bad", action="store_true", help="leave unreadable queries out")
+    add_max_pixels(group)
     add = parser.add_argument_group("output").add_argument
     add("--json", type=target_file(".json"), metavar="FILE.json", help="write the hits as JSON")
     add(
@@ -67,6 +77,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Embed the queries, find their neighbors, print them and write the files."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
+    allow_pixels(args.max_pixels)
     with StopRequest() as stop, stop.at_once():
         file = open_embeddings(Path(args.embeddings))
         queries, embeddings = embed_queries(args, file)

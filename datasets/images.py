@@ -25,7 +25,6 @@ IMAGE_NAME = re.compile(
 HEIF_NAME = re.compile(r"\.(heic|heif|hif)\Z", re.IGNORECASE)
 IMAGE_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|RIFF....WEBP|....ftypavif", re.DOTALL)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_PIXELS = 300_000_000  # of an image; phones take 200 million
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

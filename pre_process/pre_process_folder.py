@@ -16,21 +16,23 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
 from datasets.arrays import SCRIPTS, UNLABELED
-from datasets.images import UnreadableError, decode_image, find_images
+from datasets.images import UnreadableError, allow_pixels, decode_image, find_images
 from pre_process import raw_lists
 from pre_process.label_lists import clean_classes, folder_classes, read_labels
 from pre_process.raw_lists import Half
 from pre_process.script import folder, home_of, option_parser, write
 from utils.errors import UserError, run_script
-from utils.options import Parser, folder_name, name_of, real, whole
+from utils.options import Parser, add_max_pixels, folder_name, name_of, real, whole
 
 SUBFOLDERS = "subfolders"
+MANY_ALIKE = 0.1  # share of images that show the same, worth a remark
 
 
 def make_parser() -> Parser:
     """Make the parser: the options that all scripts have, and those about the folder."""
     parser = option_parser("<name>", __doc__.splitlines()[0])
-    add = parser.add_argument_group("your images").add_argument
+    group = parser.add_argument_group("your images")
+    add = group.add_argument
     add("--images", type=folder, metavar="DIR", help="the folder; folders below it count, too")
     add("--name", type=folder_name, help="name of the data set: train.py --dataset NAME")
     add(
@@ -59,12 +61,14 @@ def make_parser() -> Parser:
         help="leave unreadable images out and list them in <name>_<size>resized_unreadable.csv; "
         "without it they are an error",
     )
+    add_max_pixels(group)
     return parser
 
 
 def main() -> None:
     """Read the options, find the images and their classes, write the files."""
     args = read_options()
+    allow_pixels(args.max_pixels)
     images = find_images(args.images)
     paths = images
     classes: list[str] = []
@@ -83,6 +87,9 @@ def main() -> None:
     if len(paths) < len(images):
         left_out = len(images) - len(paths)
         print(f"{left_out} images of {args.images} are not listed in {args.labels}: left out")
+    n_alike = sum(half.n_alike for half in written)
+    if n_alike > MANY_ALIKE * len(paths):
+        print(f"{n_alike} images have the pixels of another one; do they show anything?")
     n_bad = sum(len(half.unreadable) for half in written)
     if n_bad:
         table = f"{args.name}_{args.image_size}resized_unreadable.csv"

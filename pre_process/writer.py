@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -37,6 +38,7 @@ class Written(NamedTuple):
     split: Half  # without the rows that were left out
     unreadable: list[tuple[Any, str]]  # source and reason of each row that was left out
     seconds: float
+    n_alike: int  # rows that have the same pixels as another one
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:
@@ -110,7 +112,7 @@ def write_split(
     started = time.perf_counter()
     file = Path(f"{stem}_img.npy")
     with disk_faults(file, ELSEWHERE):
-        unreadable = write_images(beside("img.npy"), split, image_size, rows)
+        unreadable, n_alike = write_images(beside("img.npy"), split, image_size, rows)
         left_out = [(split.sources[row], reason) for row, reason in unreadable.items()]
         if left_out:
             split = split.keep([row for row in range(len(split.sources)) if row not in unreadable])
@@ -120,15 +122,19 @@ def write_split(
             write_integers(beside("role.npy"), split.roles)
         if split.paths:
             write_table(beside("paths.csv"), ("path", "class"), path_rows(split))
-    return Written(file, split, left_out, time.perf_counter() - started)
+    return Written(file, split, left_out, time.perf_counter() - started, n_alike)
 
 
 def write_images(
     path: Path, split: Half, image_size: int, rows: Iterable[np.ndarray | str]
-) -> dict[int, str]:
-    """Write the readable rows into an .npy file; returns number and reason of the others."""
+) -> tuple[dict[int, str], int]:
+    """Write the readable rows into an .npy file.
+
+    Returns number and reason of the others, and how many rows have the pixels of another one.
+    """
     n_rows = len(split.sources)
     unreadable = {}
+    contents: Counter[int] = Counter()
     with open(path, "wb") as out:
         write_header(out, n_rows, image_size)
         for number, row in enumerate(progress(rows, n_rows, split.name)):
@@ -136,9 +142,10 @@ def write_images(
                 unreadable[number] = row
             else:
                 out.write(row.data)
+                contents[hash(row.tobytes())] += 1
         out.seek(0)
         write_header(out, n_rows - len(unreadable), image_size)
-    return unreadable
+    return unreadable, sum(count for count in contents.values() if count > 1)
 
 
 def write_header(out: BinaryIO, n_rows: int, image_size: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from photos import SIZE, make_photos, read_table, save_network
+from PIL import Image
 from scripts import ROOT, Outcome, failed, run_in_process
 from torch.nn import functional as F
 
@@ -259,6 +260,14 @@ def test_unreadable_images(photos, checkpoint, tmp_path):
     for path in find_images(photos):
         path.write_text("no image")
     failed(embed(*command, "--skip_bad", "--overwrite"), "none of its images can be read")
+
+
+def test_many_equal_images_are_worth_a_remark(photos, checkpoint, tmp_path):
+    for path in find_images(photos)[:3]:
+        Image.new("RGBA", (30, 20)).save(path.with_suffix(".webp"))
+        path.unlink()
+    result = embed("--images", photos, "--checkpoint_path", checkpoint, "--out", tmp_path / "e.npy")
+    assert result.code == 0 and "3 images have the embedding of another one" in result.out
 
 
 REFUSED = [

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, PngImagePlugin, features
 from raw_folders import save_photo
 
-from datasets.images import UnreadableError, decode_image, find_images, open_rgb
+from datasets.images import UnreadableError, allow_pixels, decode_image, find_images, open_rgb
 from utils.errors import UserError
 
 
@@ -179,7 +179,7 @@ def saved(kind: str, folder: Path, mode: str = "RGB", keep: float = 1.0) -> byte
 UNREADABLE = {
     "empty": (lambda _: b"", "is not an image"),
     "a page": (lambda _: b"<html>" * 99, "is not an image"),
-    "a PNG of too many pixels": (lambda _: png_claiming(10_000, 9_000), "exceeds"),
+    "a PNG of too many pixels": (lambda _: png_claiming(30_000, 30_000), "exceeds"),
     "fewer pixels than claimed": (lambda _: png_claiming(400, 400), "cannot be read"),
     "a cut JPEG": (lambda f: saved("JPEG", f, keep=0.6), "truncated"),
     "PostScript, which is a program": (lambda f: saved("EPS", f), "is not an image"),
@@ -193,6 +193,16 @@ def test_unreadable(kind, tmp_path):
     (tmp_path / "a.jpg").write_bytes(content(tmp_path))
     with pytest.raises(UnreadableError, match=reason):
         decode_image(tmp_path / "a.jpg", 8)
+
+
+def test_how_many_pixels_are_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    save_photo(tmp_path / "a.jpg", 1, size=(50, 40))
+    allow_pixels(1999)
+    with pytest.raises(UnreadableError, match="2000 pixels exceeds the limit of 1999"):
+        decode_image(tmp_path / "a.jpg", 8)
+    allow_pixels(2000)
+    decode_image(tmp_path / "a.jpg", 8)
 
 
 # ------------------------------------------------------------------------- images of a folder

@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -299,6 +300,12 @@ def _open(paths: dict[str, Path]) -> Embeddings:
         raise UserError(f"{paths['npy']}: does not match its .csv and .json; embed again")
     columns = zip(*texts, strict=True) if texts else [()] * len(names)
     return Embeddings(rows, dict(zip(names, columns, strict=True)), facts)
+
+
+def count_alike(rows: np.ndarray) -> int:
+    """Return how many rows are equal to another one."""
+    counts = Counter(hash(row.tobytes()) for row in rows)
+    return sum(count for count in counts.values() if count > 1)
 
 
 def _paths_of(file: Path, ending: str = "") -> dict[str, Path]:

@@ -17,6 +17,7 @@ from utils.files import check_target
 
 LARGEST_SEED = 2**32 - 1  # of numpy and scikit-learn
 LARGEST_REAL = 1e30  # far below the largest float32
+LARGEST_IMAGE = 300_000_000  # pixels; phones take 200 million
 LONGEST_NAME = 200  # bytes; the name of a folder becomes a part of longer file names
 
 
@@ -304,6 +305,12 @@ def add_flip_eval(group: argparse._ArgumentGroup, default: bool | None) -> None:
     text += "" if default is not None else " (default: as in training)"
     flag = argparse.BooleanOptionalAction
     group.add_argument("--flip_eval", action=flag, default=default, help=text)
+
+
+def add_max_pixels(group: argparse._ArgumentGroup) -> None:
+    """Add --max_pixels, see `datasets.images.allow_pixels`."""
+    text = "larger images are taken for damaged"
+    group.add_argument("--max_pixels", type=whole(1), default=LARGEST_IMAGE, help=text)
 
 
 def add_machine(parser: Parser, neighbors: bool = True) -> argparse._ArgumentGroup:
