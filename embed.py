@@ -14,10 +14,9 @@ from datasets.arrays import DEFAULT_IMAGE_SIZE, SMALLEST_IMAGE_SIZE, load_split
 from datasets.folder import ArraySource, FileSource, ImageBatch, batches_of
 from datasets.images import allow_pixels, find_images
 from datasets.views import crop_size
+from embedder import Embedder
 from models import BACKBONES, Pooling, check_crop_size
-from models.embedder import Embedder
 from models.export import export_onnx
-from utils.devices import choose_device
 from utils.embeddings import EmbeddingWriter, count_alike
 from utils.errors import UserError, run_script
 from utils.options import (
@@ -133,10 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load_embedder(args: argparse.Namespace, device: str) -> Embedder:
     """Load the network that the options name."""
     return Embedder(
-        choose_device(device),
-        args.checkpoint_path,
-        args.backbone,
+        args.checkpoint_path or args.backbone,
         args.weights,
+        device=device,
+        image_size=args.image_size,
         pooling=Pooling.parse(args.layers, args.pool, False, args.stripes),
         dim=args.dim,
         flip=args.flip_eval,
@@ -148,9 +147,8 @@ def load_embedder(args: argparse.Namespace, device: str) -> Embedder:
 def export(args: argparse.Namespace) -> None:
     """Write the network as ONNX, and say what the file takes and gives."""
     embedder = load_embedder(args, "cpu")
-    size = args.image_size or embedder.image_size or DEFAULT_IMAGE_SIZE
+    size = embedder.image_size
     crop = crop_size(size)
-    check_crop_size(embedder.model.backbone_name, crop)
     export_onnx(embedder.model, args.onnx, crop, embedder.features, embedder.flip)
     print(
         f"{args.onnx}: {embedder.features} of {embedder.facts['backbone']}; images uint8 RGB "
@@ -180,7 +178,9 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
         for crops in progress(batches, n_batches, "embedding"):
             if not args.skip_bad:
                 refuse_unreadable(crops)
-            writer.add(crops.rows(embedder, embedder.dimension), crops.listed, crops.unreadable)
+            writer.add(
+                crops.rows(embedder.embed_crops, embedder.dimension), crops.listed, crops.unreadable
+            )
             stop.check()
         if writer.rows == 0:
             raise UserError(f"{args.images}: none of its images can be read")
@@ -198,11 +198,10 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
         print(f"{n_alike} images have the embedding of another one; do they show anything?")
 
 
-def open_source(args: argparse.Namespace, trained_size: int | None) -> FileSource | ArraySource:
-    """Open the images; files are squashed to the size of the training, or to --image_size."""
+def open_source(args: argparse.Namespace, image_size: int) -> FileSource | ArraySource:
+    """Open the images; files are squashed to `image_size`."""
     if args.images:
-        size = args.image_size or trained_size or DEFAULT_IMAGE_SIZE
-        return FileSource(find_images(Path(args.images)), size, args.workers)
+        return FileSource(find_images(Path(args.images)), image_size, args.workers)
     names = SPLITS[1:] if args.split == "all" else [args.split]
     splits = []
     size = args.image_size

@@ -12,9 +12,8 @@ import numpy as np
 
 from datasets.folder import FileSource, batches_of
 from datasets.images import allow_pixels, find_images
-from models.embedder import Embedder
+from embedder import Embedder
 from reports.sheets import MOST_ROWS, contact_sheet
-from utils.devices import choose_device
 from utils.embeddings import Embeddings, KnownRows, open_embeddings
 from utils.errors import UserError, run_script
 from utils.files import write_json, written_whole
@@ -125,10 +124,10 @@ def embed_queries(
                 raise UserError(f"--query {path}: {reason}; leave it out, or give --skip_bad")
             print(f"{path}: {reason}: left out")
         if len(crops.pixels) and embedder is None:
-            device = choose_device(args.device)
-            embedder = Embedder.from_facts(file.facts, device, args.checkpoint_path, args.weights)
+            files = (args.checkpoint_path, args.weights)
+            embedder = Embedder.from_facts(file.facts, args.device, *files)
         queries += [(path, sha256) for path, *_, sha256 in crops.listed]
-        parts.append(crops.rows(embedder, file.rows.shape[1]))
+        parts.append(crops.rows(embedder and embedder.embed_crops, file.rows.shape[1]))
     if not queries:
         raise UserError("--query: none of the images can be read")
     return queries, np.concatenate(parts)

@@ -51,7 +51,11 @@ def decode_image(
     Returns uint8 RGB of shape (image_size, image_size, 3). Arguments and errors are those of
     `open_rgb`; image_size is the side of the square in pixels.
     """
-    image = open_rgb(source, as_stored)
+    return squash(open_rgb(source, as_stored), image_size)
+
+
+def squash(image: Image.Image, image_size: int) -> np.ndarray:
+    """Resize all of an RGB image to a square with Lanczos: uint8 (image_size, image_size, 3)."""
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS))
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 import utils.embeddings
 from datasets.images import decode_image, find_images
+from embedder import Embedder
 from models import Pooling, build_model, load_checkpoint
-from models.embedder import Embedder, network_hash
 from utils.embeddings import EmbeddingWriter, open_embeddings
 from utils.errors import UserError
 from utils.signals import Stopped, StopRequest
@@ -123,8 +123,8 @@ def test_layers_pool_mirror_image_and_half(photos, checkpoint, tmp_path):
 
 def test_mirror_image_as_in_training(tmp_path):
     checkpoint = save_network(tmp_path / "flipped.pth", flip_eval=True)
-    assert Embedder("cpu", checkpoint).flip and not Embedder("cpu", checkpoint, flip=False).flip
-    assert not Embedder("cpu", save_network(tmp_path / "plain.pth")).flip
+    assert Embedder(checkpoint).flip and not Embedder(checkpoint, flip=False).flip
+    assert not Embedder(save_network(tmp_path / "plain.pth")).flip
 
 
 def test_stopped_it_goes_on_to_the_same_files(photos, checkpoint, tmp_path, monkeypatch):
@@ -234,16 +234,6 @@ def test_finished_files(photos, checkpoint, tmp_path):
     (tmp_path / "labels.csv").write_text("path,class")
     with pytest.raises(UserError, match=r"labels\.csv: is there, and not of embed\.py"):
         EmbeddingWriter(tmp_path / "labels.npy", FACTS)
-
-
-def test_hash_of_the_network():
-    torch.manual_seed(0)
-    model = build_model("resnet_small", 4, 12)
-    before = network_hash(model)
-    model.clustering[2].weight.data += 1  # makes no embedding
-    assert network_hash(model) == before
-    model.base_model.bn1.running_mean += 1
-    assert network_hash(model) != before
 
 
 def test_unreadable_images(photos, checkpoint, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from photos import make_photos, read_table, save_network
 from scripts import Outcome, run_in_process
 
-from models.embedder import Embedder
+from embedder import Embedder
 from utils.signals import Stopped, StopRequest
 
 
@@ -28,13 +28,13 @@ def place(tmp_path) -> Path:
 def embedded(monkeypatch) -> list[int]:
     """How many images the network saw, a number for each batch."""
     counts: list[int] = []
-    call = Embedder.__call__
+    embed_crops = Embedder.embed_crops
 
     def counted(self: Embedder, crops: object) -> np.ndarray:
         counts.append(len(crops))
-        return call(self, crops)
+        return embed_crops(self, crops)
 
-    monkeypatch.setattr(Embedder, "__call__", counted)
+    monkeypatch.setattr(Embedder, "embed_crops", counted)
     return counts
 
 
