@@ -13,7 +13,7 @@ import numpy as np
 from datasets.folder import FileSource, batches_of
 from datasets.images import allow_pixels, find_images
 from embedder import Embedder
-from reports.sheets import MOST_ROWS, contact_sheet
+from reports.sheets import SheetRow, Tile, contact_sheet
 from utils.embeddings import Embeddings, KnownRows, open_embeddings
 from utils.errors import UserError, run_script
 from utils.files import write_json, written_whole
@@ -169,10 +169,20 @@ def write_files(args: argparse.Namespace, answers: list[dict]) -> None:
     if args.json:
         write_json(args.json, answers)
     if args.sheet:
-        if len(answers) > MOST_ROWS:
-            print(f"{args.sheet}: shows the first {MOST_ROWS} of {len(answers)} queries")
+        sheet = contact_sheet(f"Most similar images of {args.embeddings}", sheet_rows(answers))
         with written_whole(args.sheet) as path:
-            contact_sheet(answers[:MOST_ROWS]).save(path, format="PNG")
+            sheet.save(path, format="PNG")
+
+
+def sheet_rows(answers: Sequence[dict]) -> list[SheetRow]:
+    """Return a row for each query: its image, then its hits with rank and distance."""
+    rows = []
+    for answer in answers:
+        hits = [
+            Tile(h["path"], f"{h['rank']}   distance {h['distance']:.3f}") for h in answer["hits"]
+        ]
+        rows.append(SheetRow([Tile(answer["query"], "query"), *hits], n_first=1))
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Contact sheets: query images on the left, their hits on the right."""
+"""Contact sheets: rows of small images, each with a line or two of text."""
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -12,58 +13,83 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datasets.images import UnreadableError, open_rgb
 
-TILE = 128  # pixels, of the longer side of an image
-MARGIN = 8
-CAPTION = 34  # height of the two lines below an image
-LINE = 15  # height of a line of text
-MOST_ROWS = 100  # queries on a sheet
+TILE = 160  # pixels, of the longer side of an image
+MARGIN = 10
+LINE = 17  # height of a line of text
+CAPTION = 3 * LINE + 4
+MOST_ROWS = 100
 INK = "#222222"
+FAINT = "#777777"
 GRAY = "#dddddd"
 ROW_OF_ARRAY = re.compile(r"(.+_img\.npy)#(\d+)")
-FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # many alphabets
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # DejaVu has many alphabets
 
 
-def contact_sheet(answers: list[dict]) -> Image.Image:
-    """Draw a row for each query: its image, a line, its hits with rank and distance.
+class Tile(NamedTuple):
+    """An image of a sheet, and what stands below it, above the name of its file."""
 
-    answers: [{"query": path, "hits": [{"rank", "distance", "path"}, ...]}, ...]
-    """
-    n_columns = 1 + max(len(answer["hits"]) for answer in answers)
+    path: str
+    text: str
+
+
+class SheetRow(NamedTuple):
+    """A row of a sheet; a line divides the first tiles from the others."""
+
+    tiles: Sequence[Tile]
+    n_first: int = 0
+
+
+def contact_sheet(title: str, rows: Sequence[SheetRow]) -> Image.Image:
+    """Draw the first MOST_ROWS rows below a title."""
+    dropped = len(rows) - MOST_ROWS
+    if dropped > 0:
+        title += f" (the first {MOST_ROWS} of {len(rows)} rows)"
+        rows = rows[:MOST_ROWS]
+    font = ImageFont.truetype(FONTS / "DejaVuSans-Bold.ttf", 18)
+    n_columns = max(len(row.tiles) for row in rows)
+    width = max(n_columns * (TILE + MARGIN) + 3 * MARGIN, int(font.getlength(title)) + 2 * MARGIN)
+    head = 4 * MARGIN
     row_height = TILE + CAPTION + MARGIN
-    size = (n_columns * (TILE + MARGIN) + 3 * MARGIN, len(answers) * row_height + MARGIN)
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", (width, head + len(rows) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, answer in enumerate(answers):
-        top = MARGIN + row * row_height
-        draw_tile(sheet, MARGIN, top, "query", answer["query"])
-        draw.line((TILE + 1.5 * MARGIN, top, TILE + 1.5 * MARGIN, top + TILE), "#888888", 2)
-        for hit in answer["hits"]:
-            left = 2 * MARGIN + hit["rank"] * (TILE + MARGIN)
-            title = f"{hit['rank']}   distance {hit['distance']:.3f}"
-            draw_tile(sheet, left, top, title, hit["path"])
+    draw.text((MARGIN, MARGIN), title, INK, font)
+    for number, row in enumerate(rows):
+        top = head + number * row_height
+        for column, tile in enumerate(row.tiles):
+            gap = MARGIN if row.n_first and column >= row.n_first else 0
+            draw_tile(sheet, MARGIN + column * (TILE + MARGIN) + gap, top, tile)
+        if row.n_first:
+            x = MARGIN / 2 + row.n_first * (TILE + MARGIN) + MARGIN / 2
+            draw.line((x, top, x, top + TILE), "#888888", 2)
     return sheet
 
 
-def draw_tile(sheet: Image.Image, left: int, top: int, title: str, path: str) -> None:
-    """Draw an image, and below it a title and the name of its file."""
+def draw_tile(sheet: Image.Image, left: int, top: int, tile: Tile) -> None:
+    """Draw an image, and below it its text and the name of its file, in two lines if need be."""
     draw = ImageDraw.Draw(sheet)
-    tile = thumbnail(path)
-    sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
-    font = ImageFont.truetype(FONT, 11)
-    for line, text in enumerate((title, os.path.basename(path))):
-        place = (left + TILE / 2, top + TILE + 2 + LINE * line)
-        draw.text(place, shortened(text, font), INK, font, anchor="ma")
+    image = thumbnail(tile.path)
+    sheet.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
+    font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", 13)
+    lines = [(tile.text, INK)]
+    lines += [(line, FAINT) for line in name_lines(Path(tile.path).name, font)]
+    for number, (text, color) in enumerate(lines):
+        place = (left + TILE / 2, top + TILE + 3 + LINE * number)
+        draw.text(place, text, color, font, anchor="ma")
 
 
-def shortened(text: str, font: ImageFont.FreeTypeFont) -> str:
-    """Replace what cannot be printed, and cut the middle of a text that is wider than a tile."""
-    text = "".join(sign if sign.isprintable() else "?" for sign in text)
-    half = len(text) // 2
-    short = text
-    while font.getlength(short) > TILE:
-        short = f"{text[:half]}...{text[len(text) - half :]}"
-        half -= 1
-    return short
+def name_lines(name: str, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Cut a name into at most two lines of a tile's width; of a longer one the middle is left out.
+
+    What cannot be printed becomes a question mark.
+    """
+    name = "".join(sign if sign.isprintable() else "?" for sign in name)
+    if font.getlength(name) <= TILE:
+        return [name]
+    start = next(n for n in range(len(name), 0, -1) if font.getlength(name[:n]) <= TILE)
+    rest = name[start:]
+    while font.getlength(rest) > TILE:
+        rest = f"...{rest[4:]}" if rest.startswith("...") else f"...{rest[3:]}"
+    return [name[:start], rest]
 
 
 def thumbnail(path: str) -> Image.Image:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from photos import make_photos, read_table, save_network
-from PIL import Image
+from PIL import Image, ImageFont
 from scripts import Outcome, failed, run_in_process
 
 import utils.index
 from datasets.images import find_images
-from reports.sheets import thumbnail
+from reports.sheets import FONTS, TILE, name_lines, thumbnail
 from utils.errors import UserError
 from utils.index import Index
 
@@ -111,20 +111,29 @@ def test_contact_sheet(folder, tmp_path):
     result = search(folder, "--query", query.parent, "--k", 11, "--sheet", sheet_file)
     assert result.code == 0
     sheet = np.array(Image.open(sheet_file))
-    assert sheet.shape == (3 * 170 + 8, 12 * 136 + 24, 3)
+    assert sheet.shape == (40 + 3 * 225, 12 * 170 + 30, 3)
     tile = np.array(thumbnail(str(query)))
-    left = 8 + (128 - tile.shape[1]) // 2
-    top = 8 + (128 - tile.shape[0]) // 2
+    left = 10 + (160 - tile.shape[1]) // 2
+    top = 40 + (160 - tile.shape[0]) // 2
     assert np.array_equal(sheet[top : top + tile.shape[0], left : left + tile.shape[1]], tile)
-    last_hit = sheet[8:136, 16 + 11 * 136 : 144 + 11 * 136]
-    assert (last_hit != 255).any()
+    last_hit = sheet[40:200, 20 + 11 * 170 : 180 + 11 * 170]
+    assert (last_hit != 255).any() and (sheet[10:30] != 255).any()
+
+
+def test_names_are_cut_into_two_lines():
+    font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", 13)
+    assert name_lines("a.jpg", font) == ["a.jpg"]
+    for name in ("photo_of_the_harbor_in_1987_1.jpg", "x" * 400 + ".jpg"):
+        first, second = name_lines(name, font)
+        assert name.startswith(first) and name.endswith(second.removeprefix("..."))
+        assert max(font.getlength(line) for line in (first, second)) <= TILE
 
 
 def test_thumbnail_of_a_row_of_an_array(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     np.save(tmp_path / "a_img.npy", images)
     assert np.array_equal(thumbnail(f"{tmp_path / 'a_img.npy'}#2"), images[2])
-    assert thumbnail(f"{tmp_path / 'a_img.npy'}#3").size == (128, 128)  # a row that is not there
+    assert thumbnail(f"{tmp_path / 'a_img.npy'}#3").size == (160, 160)  # a row that is not there
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 from sklearn.cluster import KMeans, kmeans_plusplus
+from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from utils.errors import UserError
@@ -17,6 +20,10 @@ except ImportError:  # a machine on which it cannot be installed
 
 ENGINES = ("auto", "faiss", "sklearn")
 EARLY_STOP = 1e-6  # relative gain of an iteration below which faiss stops
+FEWEST_CLUSTERS = 4  # that choose_k chooses; fewer are stable whatever the images
+STABLE = 0.85  # see choose_k
+STABILITY_REPEATS = 3
+STABILITY_ROWS = 5000
 GREEDY_UP_TO = 512  # clusters; for more, a greedy start would take longer than the clustering
 
 
@@ -108,3 +115,45 @@ def _by_sklearn(rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int)
     clustering = KMeans(k, n_init=n_init, max_iter=max_iter, random_state=seed)
     clustering.fit(rows)
     return clustering.labels_, clustering.cluster_centers_, float(clustering.inertia_)
+
+
+def choose_k(
+    features: np.ndarray, seed: int = 0, progress: Callable[[Iterable, str], Iterable] | None = None
+) -> tuple[int, dict[int, float]]:
+    """Choose a number of clusters by their stability.
+
+    Halves of the rows are clustered apart, and both results divide all rows. The stability of k is
+    the AMI of the two divisions, a mean over STABILITY_REPEATS random halves. The k that is chosen
+    is the largest whose stability is STABLE of the best one's. At most STABILITY_ROWS random rows
+    are looked at, so that more than a third of their half is never chosen.
+
+    Args:
+        features: (N, D), at least 2 * FEWEST_CLUSTERS rows.
+        progress: wraps the candidates and a title.
+
+    Returns k and the stability of each candidate.
+    """
+    generator = np.random.default_rng(seed)
+    rows = features[np.sort(generator.permutation(len(features))[:STABILITY_ROWS])]
+    largest = max(FEWEST_CLUSTERS, len(rows) // 6)
+    grid = np.geomspace(FEWEST_CLUSTERS, largest, 12).round().astype(int)
+    candidates = np.unique(grid).tolist()
+    stability = {}
+    for k in progress(candidates, "number of clusters") if progress else candidates:
+        agreements = []
+        for _ in range(STABILITY_REPEATS):
+            order = generator.permutation(len(rows))
+            divisions = []
+            for half in np.array_split(order, 2):
+                result = kmeans(rows[half], k, n_init=1, max_iter=30, seed=seed)
+                divisions.append(nearest_centroids(rows, result[1]))
+            agreements.append(adjusted_mutual_info_score(*divisions))
+        stability[k] = float(np.mean(agreements))
+    enough = STABLE * max(stability.values())
+    return max(k for k, value in stability.items() if value >= enough), stability
+
+
+def nearest_centroids(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Return the number of the nearest centroid (K, D) of each row (N, D)."""
+    half_norms = np.square(centroids).sum(1) / 2
+    return (rows @ centroids.T - half_norms).argmax(1)
