@@ -119,7 +119,7 @@ def test_duplicate_groups():
     rows = np.concatenate([rows, rows[[3, 3, 8]] + 1e-4, rows[:1]])
     contents = [str(number) for number in range(44)]
     contents[20] = contents[30]
-    groups = duplicate_groups(rows, contents, 0.9999)
+    groups = duplicate_groups(rows, contents, 0.999)
     assert [group.tolist() for group in groups] == [[3, 40, 41], [0, 43], [8, 42], [20, 30]]
     assert duplicate_groups(rows, [""] * 44, 1.1) == []
 
