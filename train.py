@@ -418,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
             train(job)
         except Stopped as stopped:
             job.save()
-            log.info("%s; continue with: python train.py --resume %s", stopped, run.path)
+            log.info("%s; continue with: python %s --resume %s", stopped, sys.argv[0], run.path)
             return stopped.status
     return 0
 

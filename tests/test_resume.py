@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import failed
+from scripts import failed, path_of
 from synthetic import write_dataset
 from training import (
     Run,
@@ -76,8 +76,8 @@ def test_stopped_and_resumed(data, tmp_path, undisturbed, owner, name, call, num
     with before_call(owner, name, call, lambda: signal.raise_signal(number)) as calls:
         result = execute(*options(data, tmp_path, **SETTINGS))
         assert result.code == 128 + number
-        message = f"stopped by {number.name}; continue with: python train.py --resume {run}\n"
-        assert message in result.out
+        command = f"python {path_of('train.py')} --resume {run}\n"
+        assert f"stopped by {number.name}; continue with: {command}" in result.out
         saved = Run(run).saved
         assert (saved["epoch"], saved["state"]["step"]) == place
         assert_same(resumed(run), undisturbed)
