@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasets.arrays import DEFAULT_IMAGE_SIZE
-from datasets.images import as_rgb, open_rgb, squash
+from datasets.images import as_rgb, decode_image, squash
 from datasets.views import center_crop, crop_size
 from models import BACKBONES, PAPER, CBSwR, Pooling, check_crop_size, load_network
 from models.timm_backbones import TIMM_PREFIX
@@ -145,7 +145,7 @@ class Embedder:
             isinstance(images, np.ndarray | Tensor) and images.ndim == 3
         )
         pictures = [images] if is_single else images
-        squares = [squash(_as_image(picture), self.image_size) for picture in pictures]
+        squares = [_as_square(picture, self.image_size) for picture in pictures]
         shape = (-1, self.image_size, self.image_size, 3)
         crops = center_crop(np.array(squares, np.uint8).reshape(shape))
         return self.embed_crops(torch.from_numpy(crops))
@@ -160,17 +160,17 @@ class Embedder:
         return F.normalize(pooled, dim=1).numpy()
 
 
-def _as_image(picture: Picture) -> Image.Image:
-    """Bring an image to PIL's form, in RGB."""
+def _as_square(picture: Picture, image_size: int) -> np.ndarray:
+    """Squash an image of any kind to a square, uint8 RGB."""
     if isinstance(picture, str | os.PathLike):
-        return open_rgb(Path(picture))
+        return decode_image(Path(picture), image_size)
     if isinstance(picture, Tensor):
         if picture.is_floating_point():
             picture = (255 * picture).round().clamp(0, 255).byte()
         picture = picture.permute(1, 2, 0).cpu().numpy()
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
-    return as_rgb(picture)
+    return squash(as_rgb(picture), image_size)
 
 
 def network_hash(model: CBSwR) -> str:

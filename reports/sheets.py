@@ -103,7 +103,7 @@ def thumbnail(path: str) -> Image.Image:
             images = np.load(array_row.group(1), mmap_mode="r", allow_pickle=False)
             image = Image.fromarray(images[int(array_row.group(2))])
         else:
-            image = open_rgb(path)
+            image = open_rgb(path, least_side=TILE)
     except (UnreadableError, OSError, ValueError, IndexError):
         image = Image.new("RGB", (TILE, TILE), GRAY)
         center = (TILE / 2, TILE / 2)

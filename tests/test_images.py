@@ -32,14 +32,17 @@ def reference(path: Path, size: int) -> np.ndarray:
 
 
 def test_the_whole_image_is_squashed(tmp_path):
-    """The draft mode of the JPEG decoder would be faster, and other pixels."""
+    """The draft mode of the JPEG decoder is faster, and other pixels; archives are not read so."""
     path = save_photo(tmp_path / "large.jpg", seed=0, size=(1200, 900))
     with Image.open(path) as image:
         image.draft("RGB", (150, 150))
         drafted = np.array(image.resize((32, 32), Image.Resampling.LANCZOS))
-    pixels = decode_image(path, 32)
+    pixels = decode_image(path, 32, as_stored=True)
     assert (drafted != pixels).any()  # so the next line can tell
     np.testing.assert_array_equal(pixels, reference(path, 32))
+    assert open_rgb(path, least_side=64).size == (150, 113)
+    photo = decode_image(path, 32)
+    assert 0 < np.abs(photo.astype(int) - pixels).mean() < 1
 
 
 GRAYS = {  # how each kind of image stores 0-255
