@@ -31,6 +31,7 @@ from utils.options import (
     name_of,
     path_name,
     target_file,
+    usable_cores,
     whole,
 )
 from utils.progress import progress
@@ -96,7 +97,7 @@ def make_parser() -> Parser:
     )
     add("--half", action="store_true", help="float16 instead of float32")
     add("--overwrite", action="store_true", help="begin anew if a file of that name is there")
-    add_precision(add_machine(parser, neighbors=False))
+    add_precision(add_machine(parser, neighbors=False, workers=usable_cores()))
     return parser
 
 

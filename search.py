@@ -25,6 +25,7 @@ from utils.options import (
     name_of,
     path_name,
     target_file,
+    usable_cores,
     whole,
 )
 from utils.progress import progress
@@ -59,7 +60,7 @@ def make_parser() -> Parser:
         metavar="FILE.png",
         help="draw the queries and their hits",
     )
-    add_machine(parser, neighbors=False)
+    add_machine(parser, neighbors=False, workers=usable_cores())
     return parser
 
 

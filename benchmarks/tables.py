@@ -15,7 +15,12 @@ from utils.files import written_whole
 from utils.options import Parser
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
-WORK = {"train_step": "training step", "recall": "Recall@K", "kmeans": "k-means"}
+WORK = {
+    "train_step": "training step",
+    "recall": "Recall@K",
+    "kmeans": "k-means",
+    "decode": "photos to squares",
+}
 
 
 def number(value: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from datasets.arrays import DEFAULT_IMAGE_SIZE, QUERY, SMALLEST_IMAGE_SIZE, UNLABELED
 from pre_process.raw_lists import Half
 from pre_process.writer import MakeRow, Written, read_image, write_splits
-from utils.options import Parser, path_name, whole
+from utils.options import Parser, path_name, usable_cores, whole
 
 LARGEST_IMAGE_SIZE = 4096
 
@@ -38,13 +37,6 @@ def option_parser(dataset: str, description: str, image_size: int = DEFAULT_IMAG
 def folder(text: str) -> Path:
     """Argparse type: the path of a folder, there or not."""
     return Path(path_name(text))
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def home_of(dataset: str, data_dir: Path) -> Path:

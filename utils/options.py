@@ -313,16 +313,27 @@ def add_max_pixels(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max_pixels", type=whole(1), default=LARGEST_IMAGE, help=text)
 
 
-def add_machine(parser: Parser, neighbors: bool = True) -> argparse._ArgumentGroup:
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def add_machine(
+    parser: Parser, neighbors: bool = True, workers: int = 2
+) -> argparse._ArgumentGroup:
     """Add the options about the machine that scripts share; returns their group.
 
-    neighbors: whether the script searches for neighbors by torch.
+    Args:
+        neighbors: whether the script searches for neighbors by torch.
+        workers: default number of threads.
     """
     group = parser.add_argument_group("machine")
     add = group.add_argument
     add("--device", type=name_of(("auto", "cpu", "cuda")), default="auto", help="auto: GPU if any")
     add("--test_batch", type=whole(1), default=100, help="images a batch where nothing is trained")
-    add("--workers", type=whole(0, 1024), default=2, help="threads that prepare batches ahead")
+    add("--workers", type=whole(0, 1024), default=workers, help="threads that prepare batches")
     if neighbors:
         memory = whole(1, 2**24)
         add("--eval_memory_mb", type=memory, default=512, help="MiB for the search for neighbors")
