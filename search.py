@@ -18,6 +18,7 @@ from utils.embeddings import Embeddings, KnownRows, open_embeddings
 from utils.errors import UserError, run_script
 from utils.files import write_json, written_whole
 from utils.index import KINDS, Index
+from utils.index_file import kept_index
 from utils.options import (
     Parser,
     add_machine,
@@ -32,6 +33,11 @@ from utils.progress import progress
 from utils.signals import StopRequest
 
 
+def index_kind(text: str) -> str:
+    """Argparse type: one of KINDS, or a text of faiss's index factory, with a capital in it."""
+    return text if text != text.lower() else name_of(KINDS, "IVF...")(text)
+
+
 def make_parser() -> Parser:
     """Declare the options."""
     parser = Parser("Find the images of a file of embeddings that are most like some query images.")
@@ -40,12 +46,11 @@ def make_parser() -> Parser:
     add("--embeddings", type=path_name, required=True, metavar="FILE.npy", help="of embed.py")
     add("--query", type=path_name, required=True, nargs="+", help="images, and folders of images")
     add("--k", type=whole(1), default=10, help="hits of each query; the query itself is no hit")
-    add(
-        "--index",
-        type=name_of(KINDS),
-        default="exact",
-        help="exact, or approximate for millions of images: ivf, hnsw, whose recall is measured",
-    )
+    text = "exact, or for millions of images ivf, hnsw, or a text of faiss's index factory, whose"
+    default = "(default: exact, or what --index_file holds)"
+    add("--index", type=index_kind, help=f"{text} recall is measured {default}")
+    text = "keep the index there: built once, opened and grown afterwards"
+    add("--index_file", type=target_file(".index"), metavar="FILE.index", help=text)
     add("--nprobe", type=whole(1), default=16, help="of ivf: cells to look into; more find more")
     add("--ef_search", type=whole(1), default=64, help="of hnsw: candidates; more find more")
     add("--checkpoint_path", type=path_name, help="of the embeddings, if it was moved")
@@ -69,7 +74,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse(argv)
     for name, kind in (("nprobe", "ivf"), ("ef_search", "hnsw")):
-        if name in args.given and args.index != kind:
+        if (
+            name in args.given
+            and args.index in {"exact", None, *KINDS} - {kind}
+            and not args.index_file
+        ):
             parser.error(f"--{name} goes with --index {kind}")
     return args
 
@@ -81,9 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with StopRequest() as stop, stop.at_once():
         file = open_embeddings(Path(args.embeddings))
         queries, embeddings = embed_queries(args, file)
-        index = Index(file.rows, args.index, nprobe=args.nprobe, ef_search=args.ef_search)
+        options = {"nprobe": args.nprobe, "ef_search": args.ef_search}
+        if args.index_file:
+            network = file.facts["network_sha256"]
+            place = Path(args.index_file)
+            index, done = kept_index(file.rows, network, place, args.index, **options)
+            print(f"{args.index_file}: {done}")
+        else:
+            index = Index(file.rows, args.index or "exact", **options)
         print(f"{args.embeddings}: {len(file.rows)} images; {index.description}")
-        if args.index != "exact":
+        if index.kind != "exact":
             recall, n_queries = index.recall(args.k)
             share = f"{100 * recall:.2f} % (on {n_queries} of the images)"
             print(f"recall@{args.k} against exact search: {share}")

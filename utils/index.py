@@ -18,6 +18,7 @@ HNSW_LINKS = 32
 HNSW_BUILD_CANDIDATES = 80  # that are looked at for each row that is linked
 IVF_TRAINING_ROWS = 100  # for each cell
 IVF_LEAST_ROWS = 39  # for each cell; faiss warns of fewer
+FACTORY_TRAINING_ROWS = 100_000
 RECALL_QUERIES = 1000
 BLOCK = 1 << 16  # rows
 
@@ -26,8 +27,10 @@ class Index:
     """Finds the rows that are nearest to queries, by Euclidean distance.
 
     Attributes:
-        rows: float32 or float16 array (N, D), perhaps memory-mapped; faiss holds a float32 copy.
-        description: the kind of the index in words.
+        rows: float32 or float16 array (N, D), perhaps memory-mapped; faiss holds a copy.
+        kind: one of `KINDS`, or a text of faiss's index factory.
+        row_of: (M,) the row at each place of the faiss index, -1 for one that is gone; None: the
+            places are those of the rows.
     """
 
     def __init__(
@@ -38,46 +41,88 @@ class Index:
         nprobe: int = 16,
         ef_search: int = 64,
         seed: int = 0,
+        opened: faiss.Index | None = None,
+        row_of: np.ndarray | None = None,
     ) -> None:
-        """Build an index of one of `KINDS`.
+        """Build an index, or take one that was opened.
 
         Args:
             nprobe: number of cells that an ivf index looks into.
             ef_search: number of candidates that an hnsw index keeps.
-            seed: of the rows that train an ivf index, and of the queries that `recall` draws.
+            seed: of the rows that train an index, and of the queries that `recall` draws.
 
-        Raises UserError if faiss is not installed.
+        Raises UserError if faiss is not installed, or does not know the kind.
         """
         if faiss is None:
             raise UserError("the search needs faiss; pip install faiss-cpu")
         self.rows = rows
+        self.kind = kind
         self.seed = seed
-        self.description = "exact search"
-        if kind == "exact":
-            self._faiss = faiss.IndexFlatL2(rows.shape[1])
-        elif kind == "ivf":
-            self._faiss = self._train_ivf(nprobe)
-        else:
-            self._faiss = faiss.IndexHNSWFlat(rows.shape[1], HNSW_LINKS)
-            self._faiss.hnsw.efConstruction = HNSW_BUILD_CANDIDATES
-            self._faiss.hnsw.efSearch = ef_search
-            self.description = f"hnsw, {HNSW_LINKS} links, {ef_search} candidates"
-        self._fill(self._faiss)
+        self.row_of = row_of
+        self.faiss = opened or self._built()
+        cells = faiss.try_extract_index_ivf(self.faiss)
+        if cells is not None:
+            cells.nprobe = min(nprobe, cells.nlist)
+        if hasattr(self.faiss, "hnsw"):
+            self.faiss.hnsw.efSearch = ef_search
 
-    def _train_ivf(self, nprobe: int) -> faiss.IndexIVFFlat:
+    @property
+    def description(self) -> str:
+        """The kind of the index, and how it searches, in words."""
+        if self.kind == "exact":
+            return "exact search"
+        words = [self.kind]
+        cells = faiss.try_extract_index_ivf(self.faiss)
+        if cells is not None:
+            words += [f"{cells.nlist} cells", f"{cells.nprobe} looked into"]
+        if hasattr(self.faiss, "hnsw"):
+            candidates = self.faiss.hnsw.efSearch
+            words += [f"{HNSW_LINKS} links" * (self.kind == "hnsw"), f"{candidates} candidates"]
+        return ", ".join(filter(None, words))
+
+    def _built(self) -> faiss.Index:
+        dimension = self.rows.shape[1]
+        if self.kind == "exact":
+            index = faiss.IndexFlatL2(dimension)
+        elif self.kind == "ivf":
+            index = self._train_ivf()
+        elif self.kind == "hnsw":
+            index = faiss.IndexHNSWFlat(dimension, HNSW_LINKS)
+            index.hnsw.efConstruction = HNSW_BUILD_CANDIDATES
+        else:
+            index = self._by_factory()
+        self.add(index, self.rows)
+        return index
+
+    def _by_factory(self) -> faiss.Index:
+        try:
+            index = faiss.index_factory(self.rows.shape[1], self.kind)
+            if not index.is_trained:
+                training = np.sort(self._draw(FACTORY_TRAINING_ROWS))
+                index.train(self.rows[training].astype(np.float32))
+        except RuntimeError as error:
+            reason = str(error).partition("Error: ")[2] or str(error)
+            raise UserError(
+                f"faiss cannot make an index {self.kind!r} of {len(self.rows)} rows of "
+                f"{self.rows.shape[1]} numbers ({' '.join(reason.split())[:200]}); choose "
+                f"{', '.join(KINDS)}, or another text of its index factory"
+            ) from None
+        return index
+
+    def _train_ivf(self) -> faiss.Index:
         n_rows, dimension = self.rows.shape
         n_cells = max(1, min(n_rows // IVF_LEAST_ROWS, round(4 * math.sqrt(n_rows))))
         index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dimension), dimension, n_cells)
-        index.nprobe = min(nprobe, n_cells)
         index.cp.seed = self.seed + 1
         training = np.sort(self._draw(IVF_TRAINING_ROWS * n_cells))
         index.train(self.rows[training].astype(np.float32))
-        self.description = f"ivf, {n_cells} cells, {index.nprobe} looked into"
         return index
 
-    def _fill(self, index: faiss.Index) -> None:
-        for start in range(0, len(self.rows), BLOCK):
-            index.add(self.rows[start : start + BLOCK].astype(np.float32))
+    @staticmethod
+    def add(index: faiss.Index, rows: np.ndarray) -> None:
+        """Add rows (n, D) to a faiss index, in blocks."""
+        for start in range(0, len(rows), BLOCK):
+            index.add(rows[start : start + BLOCK].astype(np.float32))
 
     def _draw(self, count: int) -> np.ndarray:
         return np.random.default_rng(self.seed).permutation(len(self.rows))[:count]
@@ -93,7 +138,7 @@ class Index:
             Distances (Q, k) and row numbers (Q, k). An approximate index may find fewer than k;
             the remaining numbers are -1, at infinite distance.
         """
-        _, numbers = self._faiss.search(queries, k)
+        numbers = self._nearest(queries, k)
         distances = np.empty(numbers.shape, np.float32)
         for query, query_distances, query_numbers in zip(queries, distances, numbers, strict=True):
             # faiss computes distances from products, in which those of twins drown
@@ -102,6 +147,18 @@ class Index:
         distances[numbers < 0] = np.inf
         order = distances.argsort(axis=1, kind="stable")
         return np.take_along_axis(distances, order, 1), np.take_along_axis(numbers, order, 1)
+
+    def _nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Return row numbers (Q, k), nearest first; -1 where the index finds no more."""
+        if self.row_of is None:
+            return self.faiss.search(queries, k)[1]
+        n_gone = int((self.row_of < 0).sum())
+        n_places = k + (n_gone if self.kind == "exact" else min(n_gone, k + 20))
+        _, places = self.faiss.search(queries, min(n_places, len(self.row_of)))
+        found = np.where(places < 0, -1, self.row_of[places])
+        order = (found < 0).argsort(axis=1, kind="stable")  # those that are gone come last
+        numbers = np.take_along_axis(found, order, 1)[:, :k]
+        return np.pad(numbers, ((0, 0), (0, k - numbers.shape[1])), constant_values=-1)
 
     def recall(self, k: int) -> tuple[float, int]:
         """Measure which share of the k exactly nearest rows the index finds.
@@ -114,12 +171,12 @@ class Index:
         drawn = self._draw(RECALL_QUERIES)
         queries = self.rows[drawn].astype(np.float32)
         exact = faiss.IndexFlatL2(self.rows.shape[1])
-        self._fill(exact)
+        self.add(exact, self.rows)
         k = min(k + 1, len(self.rows))  # a row finds itself
         n_hits = 0
         n_nearest = 0
         _, expected = exact.search(queries, k)
-        _, numbers = self._faiss.search(queries, k)
+        numbers = self._nearest(queries, k)
         for query, query_expected, query_numbers in zip(drawn, expected, numbers, strict=True):
             nearest = set(query_expected) - {query}
             n_hits += len(nearest & set(query_numbers))

@@ -1,0 +1,115 @@
+"""search.py --index_file: an index that is built once, grows, and is refused if it does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from photos import make_photos, save_network
+from scripts import Outcome, failed, run_in_process
+
+from utils.errors import UserError
+from utils.index import Index
+from utils.index_file import kept_index, row_keys
+
+KINDS = ["exact", "ivf", "hnsw", "IVF4,PQ4x4", "PCA8,Flat"]
+OPTIONS = {"nprobe": 1000, "ef_search": 1200}
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    rows = np.random.default_rng(0).standard_normal((900, 16)).astype(np.float32)
+    rows[7] = rows[40] = rows[3]  # equal ones
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def kept(rows: np.ndarray, file: Path, kind: str | None = None) -> tuple[Index, str]:
+    return kept_index(rows, "net", file, kind, **OPTIONS)
+
+
+def assert_finds(index: Index, rows: np.ndarray, is_exact: bool) -> None:
+    """The index finds of all rows nearly or just what exact search finds."""
+    distances, numbers = index.search(rows, 4)
+    expected, expected_numbers = Index(rows).search(rows, 4)
+    own = np.linalg.norm(rows[numbers] - rows[:, None], axis=2)
+    np.testing.assert_allclose(distances, own, atol=1e-5)
+    if is_exact:
+        np.testing.assert_allclose(distances, expected, atol=1e-5)
+    shared = [len({*a} & {*b}) for a, b in zip(numbers, expected_numbers, strict=True)]
+    assert np.mean(shared) > (3.9 if is_exact else 1.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_built_opened_grown_and_thinned(tmp_path, rows, kind):
+    file = tmp_path / "photos.index"
+    is_exact = kind in {"exact", "ivf", "hnsw"}
+    order = np.random.default_rng(1).permutation(900)
+    first = rows[np.sort(order[:800])]
+    index, done = kept(first, file, kind)
+    assert done == "built"
+    assert_finds(index, first, is_exact)
+    index, done = kept(first, file)
+    assert (done, index.kind) == ("opened", kind)
+    assert_finds(index, first, is_exact)
+    mixed = rows[np.sort(order[50:])]  # 50 are gone, 100 lie between the others
+    index, done = kept(mixed, file, kind)
+    assert done == "opened, 100 rows added"
+    assert_finds(index, mixed, is_exact)
+    index, done = kept(mixed, file)
+    assert done == "opened"
+    assert_finds(index, mixed, is_exact)
+    index, done = kept(rows[:500], file)
+    assert done.startswith("built anew, as ")
+    assert_finds(index, rows[:500], is_exact)
+
+
+def test_equal_rows_have_keys_of_their_own(rows):
+    keys = row_keys(rows)
+    assert len(np.unique(keys)) == 900
+    assert keys["number"][[3, 7, 40]].tolist() == [0, 1, 2] and keys["number"].sum() == 3
+
+
+def test_what_does_not_fit_is_refused(tmp_path, rows):
+    file = tmp_path / "photos.index"
+    kept(rows, file, "hnsw")
+    with pytest.raises(UserError, match="of another network"):
+        kept_index(rows, "other", file, None, **OPTIONS)
+    with pytest.raises(UserError, match="an index of the kind hnsw"):
+        kept(rows, file, "ivf")
+    with pytest.raises(UserError, match="faiss cannot make an index 'PQ7' of 900 rows"):
+        kept(rows, tmp_path / "other.index", "PQ7")
+    assert not (tmp_path / "other.index").exists()
+    older = Path(f"{file}.npz").read_bytes()
+    kept(np.concatenate([rows, rows[:9] + 1]), file)
+    Path(f"{file}.npz").write_bytes(older)  # as if killed between the two
+    assert kept(rows, file)[1] == "built"
+    file.write_bytes(b"no index")
+    with pytest.raises(UserError, match=r"not an index of search\.py; remove it"):
+        kept(rows, file)
+
+
+def search(place: Path, *argv: object) -> Outcome:
+    index = ("--embeddings", place / "e.npy", "--index_file", place / "photos.index")
+    return run_in_process("search.py", *index, *argv, "--device", "cpu")
+
+
+def test_the_index_follows_the_photos(tmp_path):
+    photos = make_photos(tmp_path / "photos")
+    network = ("--checkpoint_path", save_network(tmp_path / "net.pth"))
+    embed = ("--images", photos, *network, "--out", tmp_path / "e.npy")
+    assert run_in_process("embed.py", *embed).code == 0
+    query = photos / "cat/00.jpg"
+    result = search(tmp_path, "--query", query, "--index", "hnsw")
+    assert result.code == 0 and "photos.index: built" in result.out and "hnsw, 32" in result.out
+    shutil.copytree(make_photos(tmp_path / "others", first=20) / "owl", photos / "more")
+    assert run_in_process("embed.py", *embed).code == 0
+    hits = tmp_path / "hits.json"
+    result = search(tmp_path, "--query", photos / "more", "--k", 20, "--json", hits)
+    assert result.code == 0 and "opened, 3 rows added" in result.out
+    answers = json.loads(hits.read_text())
+    assert [len(answer["hits"]) for answer in answers] == [14, 14, 14]
+    failed(search(tmp_path, "--query", query, "--index", "IVF2,Flat"), "of the kind hnsw")
+    failed(search(tmp_path, "--query", query, "--index", "tree"), "unknown name 'tree'")

@@ -1,0 +1,104 @@
+"""An index that stays on the disk: built once, memory-mapped afterwards, grown with its rows.
+
+`FILE` is faiss's own. `FILE.npz` holds the hash of the row at each place of it, and the facts: of
+which network the rows are, and the kind of the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.files import written_whole
+from utils.index import Index, faiss
+
+MOST_GONE = 0.1  # share of the places whose rows are gone, from which on it is built anew
+
+
+def kept_index(
+    rows: np.ndarray, network: str, file: Path, kind: str | None, **options: int
+) -> tuple[Index, str]:
+    """Open the index in a file and add what is new, or build it and write it there.
+
+    Args:
+        rows: (N, D) as of `Index`; options, too.
+        network: the hash of the network that made them.
+        kind: of the index; None: as it is in the file, or exact.
+
+    Returns the index, and what was done, in words. Raises UserError if the file holds an index of
+    another network or of another kind.
+    """
+    keys = row_keys(rows)
+    old_keys, known, opened = _read(file) if file.exists() else (keys[:0], {}, None)
+    if known and known["network"] != network:
+        raise UserError(f"{file}: an index of another network; name another file")
+    if known and kind not in (None, known["kind"]):
+        raise UserError(f"{file}: an index of the kind {known['kind']}; name another file")
+    kind = kind or known.get("kind", "exact")
+    facts = {"network": network, "kind": kind}
+    row_of = _places(old_keys, keys)
+    n_gone = int((row_of < 0).sum())
+    is_torn = opened is not None and opened.ntotal != len(old_keys)  # of a run that was killed
+    if opened is None or is_torn or n_gone > MOST_GONE * len(row_of):
+        index = Index(rows, kind, **options)
+        _write(file, index, keys, facts)
+        return index, f"built anew, as {n_gone} rows are gone" if n_gone else "built"
+    is_new = np.ones(len(rows), bool)
+    is_new[row_of[row_of >= 0]] = False
+    if not is_new.any():
+        return Index(rows, kind, opened=opened, row_of=row_of, **options), "opened"
+    opened = faiss.read_index(str(file))  # what is memory-mapped cannot grow
+    Index.add(opened, rows[is_new])
+    row_of = np.concatenate([row_of, np.flatnonzero(is_new)])
+    index = Index(rows, kind, opened=opened, row_of=row_of, **options)
+    _write(file, index, np.concatenate([old_keys, keys[is_new]]), facts)
+    return index, f"opened, {is_new.sum()} rows added"
+
+
+def row_keys(rows: np.ndarray) -> np.ndarray:
+    """Return a hash of each row, and which of its equals it is: structured (N,)."""
+    keys = np.empty(len(rows), [("hash", "u8"), ("number", "u4")])
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+    keys["hash"] = np.frombuffer(b"".join(digests), "u8")
+    order = keys["hash"].argsort(kind="stable")
+    ordered = keys["hash"][order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))[: len(rows)]
+    lengths = np.diff(np.append(starts, len(rows)))
+    keys["number"][order] = np.arange(len(rows)) - np.repeat(starts, lengths)
+    return keys
+
+
+def _places(old_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return for each old key the place of the same key now, -1 if there is none."""
+    place_of = {key: place for place, key in enumerate(keys.tolist())}
+    return np.array([place_of.get(key, -1) for key in old_keys.tolist()], np.int64)
+
+
+def _read(file: Path) -> tuple[np.ndarray, dict, Any]:
+    """Return the keys of the places, the facts, and the index, memory-mapped."""
+    if faiss is None:
+        raise UserError("the search needs faiss; pip install faiss-cpu")
+    try:
+        with np.load(f"{file}.npz", allow_pickle=False) as content:
+            facts = json.loads(str(content["facts"]))
+            known = {name: facts[name] for name in ("network", "kind")}
+            keys = content["keys"]
+        return keys, known, faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError):
+        raise UserError(
+            f"{file}: with {file}.npz not an index of search.py; remove it, or name another file"
+        ) from None
+
+
+def _write(file: Path, index: Index, keys: np.ndarray, facts: dict) -> None:
+    """Write index and keys, the keys last: an index that they do not fit is built anew."""
+    side = Path(f"{file}.npz")
+    with written_whole(side) as beside_keys, written_whole(file) as beside:
+        faiss.write_index(index.faiss, str(beside))
+        with open(beside_keys, "wb") as out:
+            np.savez(out, keys=keys, facts=json.dumps(facts))
