@@ -41,6 +41,7 @@ SMALLER = {
     "test.py": ["--device=cpu"],
     "embed.py": ["--device=cpu"],
     "search.py": ["--device=cpu"],
+    "cluster.py": [],
     "report.py": ["--device=cpu", "--map_points=20"],
     "pre_process_glyphs.py": ["--per_class=2", "--workers=1"],
 }
@@ -139,11 +140,18 @@ def test_every_command_of_the_pages_runs(workplace, fast):
     for line, script, words in commands():
         if not NOT_RUN.search(line) and bool(FAST.search(line)) == fast:
             run_small(script, words)
-    made = ("photos.npy", "hits.png", "learned.csv")
+    made = ("photos.npy", "hits.png", "learned.csv", "photos_clusters.csv", "clusters.png")
     if not fast:
         made = ("new_checkpoint/CBSwR_CUB200/report.html", "comparison.html")
     for name in made:
         assert os.path.getsize(name) > 500
+
+
+def test_examples_in_python_run(workplace):
+    text = TEXTS[ROOT / "docs" / "photos.md"]
+    for name in ("python", "hub"):
+        (code,) = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", text, re.DOTALL)
+        exec(code.replace("PROJECT", str(ROOT)), {})
 
 
 def test_options_of_all_commands_exist():

@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from photos import make_photos
 from scripts import ROOT, run_in_process
 from synthetic import shapes, write_dataset_by_chance, write_split
 
-from experiments import few_images, runs, sensitivity, table
+from experiments import clusters, duplicates, few_images, runs, sensitivity, table
 from models import build_model
+from utils.embeddings import EmbeddingWriter
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,3 +262,51 @@ def test_a_request_to_stop_reaches_the_training(data, tmp_path):
     before = metrics.read_text()
     time.sleep(1)
     assert before and metrics.read_text() == before  # the training has ended, too
+
+
+# ---------------------------------------------------------------- groups of one's own images
+
+
+def test_duplicates_are_scored_by_hand(tmp_path):
+    photos = make_photos(tmp_path / "photos")
+    words = ("--backbone", "resnet_small", "--weights", "none", "--image_size", "40")
+    words += ("--similarities", "0.5", "0.9999", "--out_dir", str(tmp_path))
+    duplicates.main(["--images", str(photos), *words])
+    result = json.loads((tmp_path / "duplicates_resnet_small.json").read_text())
+    loose, strict = result["rows"]
+    assert result["photos"] == 12 and loose["mirrored"] == 100 >= strict["mirrored"]
+    assert strict["precision"] >= loose["precision"] > 0
+    rows = near_copies()
+    assert duplicates.scores_at(rows, 0.9999) == pytest.approx(by_hand(rows, 0.9999))
+    assert len((tmp_path / "duplicates_resnet_small.md").read_text().splitlines()) == 4
+
+
+def near_copies() -> np.ndarray:
+    """Return random rows of 12 photos and copies of each kind that are near them."""
+    rows = np.random.default_rng(0).standard_normal((1 + len(duplicates.CHANGES), 12, 3))
+    rows[1:] = rows[0] + 0.01 * rows[1:]
+    return rows / np.linalg.norm(rows, axis=2, keepdims=True)
+
+
+def by_hand(rows: np.ndarray, similarity: float) -> dict[str, float]:
+    right, found, recalls = 0, 0, {}
+    for name, copies in zip(duplicates.CHANGES, rows[1:], strict=True):
+        own = [float(a @ b) >= similarity for a, b in zip(rows[0], copies, strict=True)]
+        recalls[name] = 100 * sum(own) / 12
+        right += sum(own)
+        found += sum(float(a @ b) >= similarity for a in rows[0] for b in copies)
+    return recalls | {"precision": 100 * right / found}
+
+
+def test_ways_to_choose_the_number_of_clusters(tmp_path):
+    generator = np.random.default_rng(0)
+    classes = np.repeat(np.arange(8), 30)
+    rows = np.eye(8)[classes] + 0.1 * generator.standard_normal((240, 8))
+    writer = EmbeddingWriter(tmp_path / "e.npy", {"dimension": 8, "dtype": "float32"})
+    writer.add(rows, [(f"{row}.jpg", str(c), "", "", "") for row, c in enumerate(classes)])
+    writer.finish()
+    clusters.main(["--embeddings", str(tmp_path / "e.npy"), "--out_dir", str(tmp_path)])
+    (result,) = json.loads((tmp_path / "clusters.json").read_text())["rows"]
+    chosen = result["tried"][str(result["chosen"])]
+    assert 6 <= result["chosen"] <= 16 and chosen["ami"] > 0.8
+    assert "| `e`, 240 | 8 | " in (tmp_path / "clusters.md").read_text()

@@ -149,7 +149,8 @@ def choose_k(
                 divisions.append(nearest_centroids(rows, result[1]))
             agreements.append(adjusted_mutual_info_score(*divisions))
         stability[k] = float(np.mean(agreements))
-    enough = STABLE * max(stability.values())
+    best = max(stability.values())
+    enough = best - (1 - STABLE) * abs(best)
     return max(k for k, value in stability.items() if value >= enough), stability
 
 
