@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(RUN) test.py --dataset glyphs --checkpoint_path new_checkpoint/demo_untrained/last.pth --json new_checkpoint/demo_untrained/test.json
 	$(RUN) test.py --dataset glyphs --checkpoint_path new_checkpoint/demo/last.pth --json new_checkpoint/demo/test.json
 	$(RUN) benchmarks/compare.py new_checkpoint/demo_untrained/test.json new_checkpoint/demo/test.json
-	$(RUN) report.py new_checkpoint/demo
+	$(RUN) report.py new_checkpoint/demo --before new_checkpoint/demo_untrained
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -m "not slow"

@@ -19,12 +19,10 @@ def make_parser() -> Parser:
     parser = Parser("Write one HTML page about runs of train.py; it needs no other file.")
     add = parser.add_argument
     add("runs", nargs="*", type=path_name, metavar="RUN", help="folders; several are compared")
-    add(
-        "--out",
-        type=target_file(".html"),
-        metavar="FILE.html",
-        help=f"default: {REPORT} in the first folder",
-    )
+    page = target_file(".html")
+    add("--out", type=page, metavar="FILE.html", help=f"default: {REPORT} in the first folder")
+    text = "a run of 0 epochs, say, whose scores are put beside"
+    add("--before", type=path_name, metavar="RUN", help=text)
     add("--figures", type=path_name, metavar="DIR", help="also draw PNG files of the (one) run")
     add("--data_dir", type=path_name, help="the folder that holds <dataset>/ (default: the run's)")
     add = parser.add_argument_group("what is shown").add_argument
@@ -61,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out)
     figures = Path(args.figures) if args.figures else None
     with StopRequest() as stop, stop.at_once():
-        for sentence in write_report([Path(run) for run in args.runs], out, args, figures):
+        runs = [Path(run) for run in args.runs]
+        before = Path(args.before) if args.before else None
+        for sentence in write_report(runs, out, args, figures, before):
             print(sentence)
     print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, to be opened in a browser")
     if figures:

@@ -58,16 +58,24 @@ def curve(chart: Chart) -> dict:
     return json_item(plot)
 
 
-def scatter(columns: dict[str, list], right: list[bool | None]) -> dict:
+def scatter(
+    columns: dict[str, list], right: list[bool | None], pictured: list[int], side: float
+) -> dict:
     """Return the map of the embedding, as `Bokeh.embed.embed_item` takes it.
 
     Args:
         columns: for each point: x, y, picture (data URI), name, note, group (picked together).
         right: for each point whether its nearest neighbor is of its class; None without labels.
+        pictured: the points whose pictures are drawn, `side` wide and high in units of x and y.
     """
-    plot = _plot(sizing_mode="stretch_both", toolbar_location="above")
+    plot = _plot(sizing_mode="stretch_both", toolbar_location="above", match_aspect=True)
     plot.axis.visible = False
     plot.grid.visible = False
+    pictures = {
+        name: [columns[name][point] for point in pictured] for name in ("x", "y", "picture")
+    }
+    source = models.ColumnDataSource(pictures)
+    plot.image_url("picture", "x", "y", side, side, anchor="center", source=source)
     marker, size, color = zip(*(POINT_STYLES[answer] for answer in right), strict=True)
     columns |= {"marker": marker, "size": size, "color": color}
     source = models.ColumnDataSource(columns, name="points")

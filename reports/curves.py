@@ -50,6 +50,10 @@ class Chart:
     title: str
     lines: list[Line]
 
+    def varies(self) -> bool:
+        """Return whether some line has two different values: others are no news."""
+        return any(len(set(line.values)) > 1 for line in self.lines)
+
     def limits(self) -> tuple[float, float]:
         """Return the ends of the value axis, never so near that small changes look large."""
         values = [value for line in self.lines for value in line.values]

@@ -15,6 +15,7 @@ from utils.clustering import kmeans
 from utils.progress import progress
 
 NEAR_CENTROID = 10  # images shown of a cluster
+MOST_MEMBERS = 60  # that a cluster opens
 CENTROIDS = 8  # reconstructed
 BESIDE_CENTROID = 5  # images beside a reconstruction
 PERPLEXITY = 30
@@ -22,9 +23,10 @@ PERPLEXITY = 30
 
 @dataclass(frozen=True)
 class Cluster:
-    """Some images of a cluster, nearest to its centroid first."""
+    """Some images of a cluster, nearest to its centroid first: those shown, and more."""
 
     rows: list[int]
+    more: list[int]
     size: int
     example: int  # an image of the class that is most frequent in the cluster
     purity: float  # share of the cluster that is of this class
@@ -78,8 +80,10 @@ def clusters(embeddings: Tensor, labels: Tensor, k: int, n_shown: int, seed: int
         rows = (assignments == number).nonzero().flatten()
         present, counts = labels[rows].unique(return_counts=True)
         example = rows[labels[rows] == present[counts.argmax()]][0]
-        near = rows[distances[rows].argsort(stable=True)[:NEAR_CENTROID]].tolist()
-        listed.append(Cluster(near, len(rows), int(example), int(counts.max()) / len(rows)))
+        near = rows[distances[rows].argsort(stable=True)[:MOST_MEMBERS]].tolist()
+        first, more = near[:NEAR_CENTROID], near[NEAR_CENTROID:]
+        share = int(counts.max()) / len(rows)
+        listed.append(Cluster(first, more, len(rows), int(example), share))
     listed.sort(key=lambda cluster: (-cluster.purity, -cluster.size))
     purity = sum(cluster.purity * cluster.size for cluster in listed) / len(embeddings)
     shown = [listed[step] for step in even_steps(len(listed), n_shown)]
@@ -142,3 +146,15 @@ def map_places(embeddings: Tensor, rows: np.ndarray) -> tuple[list[int], np.ndar
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=0)
     return rows.tolist(), tsne.fit_transform(points)
+
+
+def apart(places: np.ndarray, distance: float) -> list[int]:
+    """Return numbers of places (n, 2), as many as come in their order, no two nearer than that.
+
+    Nearness is that of squares: the larger of the two differences.
+    """
+    chosen: list[int] = []
+    for number, place in enumerate(places):
+        if not chosen or np.abs(places[chosen] - place).max(1).min() >= distance:
+            chosen.append(number)
+    return chosen

@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from reports import findings
 from reports.charts import bokeh_script, curve, scatter, style_of
 from reports.curves import GROUPS, charts, title_of, value_of
 from reports.figures import write_figures
@@ -29,6 +30,7 @@ FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "bokeh")
 GALLERY_SIDE = 144  # pixels
 MAP_SIDE = 80  # pixels
+MAP_PICTURE = 0.05  # side of a picture on the map, as a share of the map
 QUALITY = 75  # of the pictures, percent
 MAP_NOTES = {  # by whether the nearest image is of the class
     True: "class {}, nearest image of its class",
@@ -38,7 +40,11 @@ MAP_NOTES = {  # by whether the nearest image is of the class
 
 
 def write_report(
-    folders: Sequence[Path], out: Path, options: Namespace, figures: Path | None = None
+    folders: Sequence[Path],
+    out: Path,
+    options: Namespace,
+    figures: Path | None = None,
+    before: Path | None = None,
 ) -> list[str]:
     """Write the page about the runs in `folders` to the file `out`.
 
@@ -47,6 +53,7 @@ def write_report(
     Args:
         options: those of report.py.
         figures: a folder for PNG figures of the first run.
+        before: the folder of a run whose scores the others are compared with.
 
     Returns sentences about what is missing. Raises UserError if a folder holds no run.
     """
@@ -60,16 +67,25 @@ def write_report(
         run.model = None  # one network in memory at a time
     if figures is not None:
         write_figures(figures, charts([(runs[0].name, runs[0].rows)]), sights[0])
-    page = render(runs, sights, options)
+    compared = [read_run(before), *runs] if before else runs
+    page = render(runs, sights, options, bars_of(compared))
     with written_whole(out) as path:
         path.write_text(page, encoding="utf-8", errors="replace")  # names of any bytes
     return [f"{run.path}: {sentence}" for run in runs for sentence in run.missing.values()]
 
 
-def render(runs: Sequence[Run], sights: Sequence[Sights | None], options: Namespace) -> str:
-    """Return the HTML of the page. jinja2 escapes every name and value that comes from a file."""
+def render(
+    runs: Sequence[Run],
+    sights: Sequence[Sights | None],
+    options: Namespace,
+    bars: Sequence[tuple[str, dict]],
+) -> str:
+    """Return the HTML of the page. jinja2 escapes every name and value that comes from a file.
+
+    bars: name and scores of each run that is compared.
+    """
     drawn = charts([(run.name, run.rows) for run in runs])
-    drawn = [chart for chart in drawn if any(len(line.epochs) > 1 for line in chart.lines)]
+    drawn = [chart for chart in drawn if chart.varies()]
     settings = settings_table(runs)
     metrics = [name for run in runs for row in run.rows for name in row]
     template = _environment().get_template("page.html")
@@ -82,6 +98,7 @@ def render(runs: Sequence[Run], sights: Sequence[Sights | None], options: Namesp
         facts=[facts(run, options) for run in runs],
         options=options,
         most_training_images=TRAINING_IMAGES,
+        bars=bars,
         settings=settings,
         differing=[row for row in settings if any(value != row[1][0] for value in row[1])],
         scores=scored_epochs(runs),
@@ -130,13 +147,20 @@ def map_item(sights: Sights) -> dict:
         "note": notes,
         "group": classes,
     }
-    return scatter(columns, right)
+    side = MAP_PICTURE * float(np.ptp(places, axis=0).max())
+    return scatter(columns, right, findings.apart(places, side), side)
 
 
 def settings_table(runs: Sequence[Run]) -> list[tuple[str, list]]:
     """Return every setting with its value in each run."""
     names = sorted({name for run in runs for name in run.config})
     return [(name, [run.config.get(name, "—") for run in runs]) for name in names]
+
+
+def bars_of(runs: Sequence[Run]) -> list[tuple[str, dict]]:
+    """Return name and metrics of the last scored epoch of each run that has one."""
+    scored = [(run.name, [row for row in run.rows if "recall@1" in row]) for run in runs]
+    return [(name, rows[-1]) for name, rows in scored if rows]
 
 
 def scored_epochs(runs: Sequence[Run]) -> list[tuple[str, str, dict]]:

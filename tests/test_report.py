@@ -51,9 +51,46 @@ def test_the_page_says_what_chose_the_best_epoch(reported, tmp_path):
     assert "the very images" not in page
 
 
+def test_scores_before_training_stand_beside(reported, tmp_path):
+    shutil.copytree(reported.folder / "other", tmp_path / "untrained")
+    before = [METRICS[0] | {"recall@1": 0.0625, "nmi": 0.125}]
+    write_metrics(tmp_path / "untrained", before)
+    words = ("--before", tmp_path / "untrained")
+    page, _ = report(reported.folder / "run", *words, out=tmp_path / "page.html")
+    bars = page[page.index("Did it work?</h2>") : page.index('id="run-1"')]
+    assert re.findall(r'<th scope="row">(\w+)</th>', bars) == ["untrained", "run"] * 2
+    widths = re.findall(r'style="width:([\d.]+)%"', bars)
+    assert widths == ["6.2", "37.5", "12.5", "50.0"]
+    assert "Did it work?" not in reported.text("run")
+
+
+def test_a_cluster_opens_its_members(reported):
+    page = reported.text("run")
+    clusters = page[page.index('id="clusters-1"') : page.index('id="reconstructions-1"')]
+    for cluster in clusters.split("<section>")[1:]:
+        size = int(re.search(r"<h4>(\d+) image", cluster).group(1))
+        assert cluster.count("<img") == size  # of small clusters all
+
+
+def test_places_apart():
+    places = np.random.default_rng(0).random((200, 2))
+    chosen = findings.apart(places, 0.2)
+    gaps = np.abs(places[chosen][:, None] - places[chosen]).max(2)
+    assert gaps[~np.eye(len(chosen), dtype=bool)].min() >= 0.2
+    assert all(
+        np.abs(places[chosen] - place).max(1).min() < 0.2 for place in np.delete(places, chosen, 0)
+    )
+
+
+def test_constant_curves_are_left_out():
+    rows = [{"epoch": epoch, "loss": 1.0 / epoch, "lr": 0.1} for epoch in (1, 2, 3)]
+    drawn = {chart.title: chart.varies() for chart in charts([("run", rows)])}
+    assert drawn == {"Loss (weighted sum)": True, "Learning rate": False}
+
+
 def test_several_runs_are_compared(reported):
     page = reported.text("two")
-    differing = page[page.index("Settings that differ") : page.index('id="curves"')]
+    differing = page[page.index("Settings that differ") : page.index('id="run-1"')]
     assert re.findall(r'<th scope="row">(\w+)</th>', differing) == ["lr"]
     assert page.count('id="map-') == 2
     assert page.count("Images of ") == 4  # a heading and a link for each

@@ -62,6 +62,7 @@ def show(browser, reported) -> Iterator:
 
 def test_every_section_has_its_content(show):
     page = show("run")
+    page.evaluate("document.querySelector('#settings details').open = true")
     for name in ("settings", "curves", "retrieval-1", "clusters-1", "reconstructions-1", "map-1"):
         assert page.locator(f"#{name}").bounding_box()["height"] > 100, name
     assert page.locator("#curves canvas").count() >= 4
