@@ -71,16 +71,15 @@ def scatter(
     plot = _plot(sizing_mode="stretch_both", toolbar_location="above", match_aspect=True)
     plot.axis.visible = False
     plot.grid.visible = False
-    pictures = {
-        name: [columns[name][point] for point in pictured] for name in ("x", "y", "picture")
-    }
-    source = models.ColumnDataSource(pictures)
-    plot.image_url("picture", "x", "y", side, side, anchor="center", source=source)
     marker, size, color = zip(*(POINT_STYLES[answer] for answer in right), strict=True)
     columns |= {"marker": marker, "size": size, "color": color}
     source = models.ColumnDataSource(columns, name="points")
     style = {"marker": "marker", "size": "size", "color": "color"}  # names of columns
     points = plot.scatter("x", "y", source=source, **style, **ALPHA)
+    names = ("x", "y", "picture")
+    some = {name: [columns[name][point] for point in pictured] for name in names}
+    pictures = models.ColumnDataSource(some)
+    plot.image_url("picture", "x", "y", side, side, anchor="center", source=pictures)
     plot.add_tools(models.PanTool(), models.WheelZoomTool(), models.BoxZoomTool())
     plot.add_tools(models.ResetTool(), models.TapTool(renderers=[points]))
     tip = models.HoverTool(renderers=[points], tooltips=POINT_TIP, attachment="horizontal")

@@ -142,7 +142,7 @@ def test_every_command_of_the_pages_runs(workplace, fast):
             run_small(script, words)
     made = ("photos.npy", "hits.png", "learned.csv", "photos_clusters.csv", "clusters.png")
     if not fast:
-        made = ("new_checkpoint/CBSwR_CUB200/report.html", "comparison.html")
+        made = ("new_checkpoint/demo/report.html", "comparison.html")
     for name in made:
         assert os.path.getsize(name) > 500
 

@@ -21,7 +21,7 @@ except ImportError:  # a machine on which it cannot be installed
 ENGINES = ("auto", "faiss", "sklearn")
 EARLY_STOP = 1e-6  # relative gain of an iteration below which faiss stops
 FEWEST_CLUSTERS = 4  # that choose_k chooses; fewer are stable whatever the images
-STABLE = 0.85  # see choose_k
+STABLE = 0.9  # see choose_k
 STABILITY_REPEATS = 3
 STABILITY_ROWS = 5000
 GREEDY_UP_TO = 512  # clusters; for more, a greedy start would take longer than the clustering
