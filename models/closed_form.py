@@ -10,6 +10,7 @@ from torch import Tensor
 from utils.errors import UserError
 
 HEADS = ("svd", "pca", "whiten")
+FLOOR = 1e-15  # of all variances, as a share of the mean square length: that of rounding
 RIDGE = 0.1  # added to all variances, as a share of their mean: few images underestimate small ones
 
 
@@ -38,9 +39,11 @@ class Spectrum:
 
     def head(self, low_dim: int, power: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return weight (D, C) and bias (D,) that whiten to a power, see `closed_form_head`."""
-        deviations = (self.variances + RIDGE * self.variances.mean()).sqrt()
+        floor = FLOOR * (self.mean.square().sum() + self.variances.sum())
+        variances = self.variances + floor  # not zero, though all images be the same
+        deviations = (variances + RIDGE * variances.mean()).sqrt()
         scales = deviations[:low_dim] ** -power
-        scales = scales / (self.variances[:low_dim] * scales.square()).sum().sqrt()
+        scales = scales / (variances[:low_dim] * scales.square()).sum().sqrt()
         weight = self.directions[:low_dim]
         signs = weight.gather(1, weight.abs().argmax(1, keepdim=True)).sign()
         weight = weight * signs * scales[:, None]

@@ -15,6 +15,7 @@ from training import assert_same, resumed, stopped, trained
 
 from datasets.arrays import load_split
 from datasets.views import part_crops
+from models.closed_form import Spectrum
 from models.start import score_starts
 from utils.errors import UserError
 from utils.metrics import mean_log_rank
@@ -30,6 +31,8 @@ def test_mean_log_rank_by_its_definition():
             ranks.append(1 + order.index(i))
     assert max(ranks) > 1
     assert mean_log_rank(first, second) == pytest.approx(np.log(ranks).mean())
+    same = torch.ones(7, 3)
+    assert mean_log_rank(same, same) == pytest.approx(np.log(7))  # ties are no finds
 
 
 def features(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,6 +63,17 @@ def test_the_pooling_is_chosen_that_finds_more():
     starts = score_starts(*poolings, torch.arange(200))
     assert [start.pooling for start in starts] == [0] * 7 + [1] * 7
     assert max(starts, key=lambda start: start.score).pooling == 1
+
+
+def test_copies_of_an_image_keep_the_frozen_features():
+    images, parts = features(1.0)
+    copies = images[:1].expand(200, -1), parts[:1].expand(200, -1, -1)
+    starts = score_starts([copies[0]] * 2, [copies[1]] * 2, torch.arange(200))
+    best = max(starts, key=lambda start: start.score)
+    assert (best.pooling, best.kind) == (0, "svd")
+    for kind, centered in (("svd", False), ("whiten", True)):
+        weight, bias = Spectrum.of(copies[0], centered).head(10, 0.5)
+        assert weight.isfinite().all() and bias.isfinite().all(), kind
 
 
 def test_few_images_keep_the_frozen_features():

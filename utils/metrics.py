@@ -12,6 +12,7 @@ from torch import Tensor
 from utils.clustering import kmeans
 from utils.retrieval import as_matrix, nearest_neighbors
 
+TIE = 1e-5  # difference of cosines that rounding may make
 Labels = Tensor | np.ndarray | Sequence
 Gallery = tuple[Tensor | np.ndarray, Labels]  # embeddings (G, D) and labels (G,)
 
@@ -54,14 +55,16 @@ def _as_labels(labels: Labels, count: int) -> np.ndarray:
 def mean_log_rank(first: Tensor, second: Tensor) -> float:
     """Return the mean logarithm of the ranks at which rows find their partners; 0 if all are first.
 
+    Of rows that are equally similar the partner comes last.
+
     Args:
         first: (N, D) of unit length.
         second: (N, D) of unit length, the partners in the same order. Rows of each side search all
             rows of the other, and the ranks of both directions count.
     """
     similarity = first @ second.T
-    of_partner = similarity.diagonal()
-    ranks = [1 + (s > of_partner[:, None]).sum(1) for s in (similarity, similarity.T)]
+    of_partner = similarity.diagonal() - TIE
+    ranks = [(s >= of_partner[:, None]).sum(1) for s in (similarity, similarity.T)]
     return float(torch.cat(ranks).double().log().mean())
 
 
