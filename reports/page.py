@@ -23,6 +23,7 @@ from reports.figures import write_figures
 from reports.runs import Run, open_data, open_network, read_run
 from reports.sights import TRAINING_IMAGES, Sights, look
 from utils.devices import choose_device
+from utils.errors import UserError
 from utils.files import written_whole
 from utils.runs import BEST, recall_titles, scalars
 
@@ -63,6 +64,8 @@ def write_report(
     for run in runs:
         open_network(run, options.checkpoint, device)
         open_data(run, options.data_dir)
+        if run.model is None and not run.rows:
+            raise UserError(f"{run.path}: nothing to show: {' '.join(run.missing.values())}")
         sights.append(look(run, options, max(options.map_points // len(runs), 3)))
         run.model = None  # one network in memory at a time
     if figures is not None:

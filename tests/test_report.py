@@ -135,6 +135,12 @@ def test_the_page_says_what_is_missing(reported, tmp_path):
     assert 'id="map-1"' in page and "chosen on the test half" in page
 
 
+def test_a_folder_of_which_nothing_can_be_read(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    failed(run_in_process("report.py", tmp_path), "nothing to show", "config.json")
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_the_page_tells_other_data_than_in_training(reported, tmp_path):
     other = write_dataset(tmp_path / "data", seed=9)
     page, _ = report(reported.folder / "run", "--data_dir", other, out=tmp_path / "a.html")

@@ -35,7 +35,7 @@ def read_torch_file(path: str | os.PathLike) -> object:
     path = Path(path)
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {kind}; give the path of a file written by torch.save")
+        raise UserError(f"{path}: {kind}; give a file that torch.save wrote, or a run's folder")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_globals()):
             warnings.simplefilter("ignore")  # about the way in which it was pickled
@@ -46,10 +46,14 @@ def read_torch_file(path: str | os.PathLike) -> object:
                 f"{path}: holds Python objects beyond tensors and plain values, which could run "
                 "code, or is damaged; save a plain state_dict"
             ) from None
-        raise UserError(f"{path}: not a file written by torch.save, or damaged") from None
+        raise UserError(
+            f"{path}: not a file that torch.save wrote, or damaged; take another file"
+        ) from None
     except Exception as error:  # a damaged file fails anywhere, with no common class of error
         reason = type(error).__name__
-        raise UserError(f"{path}: not a file of torch.save, or damaged ({reason})") from None
+        raise UserError(
+            f"{path}: not a file that torch.save wrote, or damaged ({reason}); take another file"
+        ) from None
 
 
 def write_torch_file(path: Path, content: dict) -> None:
