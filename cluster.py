@@ -141,9 +141,11 @@ def find_duplicates(args: argparse.Namespace, file: Embeddings) -> None:
     for number, group in enumerate(groups, 1):
         first = file.rows[group[0]].astype(np.float32)
         for row in group:
-            same = contents[row] and contents[row] == contents[group[0]]
+            is_equal = contents[row] != "" and contents[row] == contents[group[0]]
             cosine = float(file.rows[row].astype(np.float32) @ first)
-            kind = "equal file" if same else "alike"
+            kind = "equal file" if is_equal else "alike"
+            if row == group[0]:
+                kind = "first"
             table.append((file.columns["path"][row], number, f"{cosine:.4f}", kind))
     tiles = [group[: args.images_each] for group in groups]
     texts = [f"group {number} ({len(group)})" for number, group in enumerate(groups, 1)]
