@@ -184,6 +184,7 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
             )
             stop.check()
         if writer.rows == 0:
+            writer.discard()
             raise UserError(f"{args.images}: none of its images can be read")
         changes = writer.finish()
     if changes:
@@ -194,7 +195,7 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
     )
     if writer.unreadable:
         print(f"{len(writer.unreadable)} unreadable images are left out, see the .json")
-    n_alike = count_alike(np.load(args.out, mmap_mode="r").round(3))
+    n_alike = count_alike(np.load(args.out, mmap_mode="r"))
     if n_alike > MANY_ALIKE * writer.rows:
         print(f"{n_alike} images have the embedding of another one; do they show anything?")
 

@@ -23,6 +23,7 @@ from embedder import Embedder
 from models import Pooling, build_model, load_checkpoint
 from utils.embeddings import EmbeddingWriter, open_embeddings
 from utils.errors import UserError
+from utils.files import write_json
 from utils.signals import Stopped, StopRequest
 
 CROP = slice(2, 30)  # the center of 32 pixels
@@ -168,41 +169,92 @@ embed.main(sys.argv[1:])
 
 
 def test_full_disk(tmp_path):
-    """The message says so, and what was saved before stays."""
+    """The message says so, and what was saved before stays, whatever was in the buffers."""
     rows = np.random.default_rng(0).standard_normal((100, 4)).astype(np.float32)
-    listed = [LISTED] * 100
+    listed = [("long name " * 90, *LISTED[1:])] * 100  # the table fills the disk first
     writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
     writer.add(rows, listed)
     writer.close()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
     try:
         writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
         with pytest.raises(UserError, match=r"e\.npy: cannot be written .*make room"):
             for _ in range(10):
                 writer.add(rows, listed)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)  # there is room again
         writer.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
     assert (writer.images, writer.rows) == (100, 100)
     writer.finish()
-    assert np.array_equal(open_embeddings(tmp_path / "e.npy")[0], rows)
+    assert np.array_equal(open_embeddings(tmp_path / "e.npy").rows, rows)
 
 
-def test_ended_while_renaming(tmp_path, monkeypatch):
+def killed_at(monkeypatch: pytest.MonkeyPatch, writer: EmbeddingWriter, name: str) -> None:
+    """Finish, but end as if killed before the file of this name is written."""
+
+    def write(path: Path, content: object) -> None:
+        if path.name == name:
+            sys.exit("killed")
+        write_json(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.embeddings, "write_json", write)
+        with pytest.raises(SystemExit):
+            writer.finish()
+    writer._lock.release()  # as the system does
+
+
+@pytest.mark.parametrize("name", ["e.json", "e.json.part"])
+def test_ended_while_writing(tmp_path, monkeypatch, name):
     writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
     writer.add(np.ones((1, 4)), [LISTED])
-    monkeypatch.setattr(utils.embeddings, "write_json", lambda *_: sys.exit("killed"))
-    monkeypatch.setattr(EmbeddingWriter, "_save", lambda self: None)
-    with pytest.raises(SystemExit):
-        writer.finish()
-    monkeypatch.undo()
+    killed_at(monkeypatch, writer, name)
     with pytest.raises(UserError, match="unfinished"):
         open_embeddings(tmp_path / "e.npy")
     writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
-    assert writer.images == 0 and not writer.complete
-    writer.close()
+    done = int(name == "e.json")  # which comes after the last number of rows
+    assert (writer.images, writer.rows) == (done, done) and not writer.complete
+    if not done:
+        writer.add(np.ones((1, 4)), [LISTED])
+    writer.finish()
+    assert np.array_equal(open_embeddings(tmp_path / "e.npy").rows, np.ones((1, 4)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.csv", "e.json", "e.npy"]
+
+
+def test_ended_while_saving_and_the_folder_changed(tmp_path, monkeypatch):
+    writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
+    writer.add(np.ones((1, 4)), [LISTED])
+    killed_at(monkeypatch, writer, "e.json.part")  # the header has a row more than the facts
+    other = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": "b"})
+    assert other.images == 0 and "a.jpg" not in other.known
+    other.close()
+
+
+def test_the_larger_of_two_unfinished_files_is_kept(tmp_path):
+    for source, count in (("a", 9), ("b", 1), ("c", 0)):
+        writer = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": source})
+        listed = [(f"{source}{number}.jpg", *LISTED[1:]) for number in range(count)]
+        writer.add(np.ones((count, 4)), listed)
+        writer.close()
+    writer = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": "d"})
+    assert all(f"a{number}.jpg" in writer.known for number in range(9))
+
+
+def test_an_interrupted_overwriting_goes_on(tmp_path):
+    for source in ("a", "b"):
+        writer = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": source}, overwrite=True)
+        assert writer.images == 0
+        writer.add(np.ones((3, 4)), [LISTED] * 3)
+        writer.close()
+    again = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": "b"}, overwrite=True)
+    assert again.images == 3
+    again.finish()
+    changed = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"dtype": "float16"}, overwrite=True)
+    assert changed.images == 0 and open_embeddings(tmp_path / "e.npy").facts["rows"] == 3
+    changed.close()
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -244,12 +296,14 @@ def test_unreadable_images(photos, checkpoint, tmp_path):
     failed(embed(*command), damaged, "is not an image", "--skip_bad")
     result = embed(*command, "--skip_bad", "--test_batch", 1)
     assert result.code == 0 and "1 unreadable images are left out" in result.out
+    assert "1 unreadable images" in embed(*command, "--skip_bad").out  # tried again
     rows, columns, facts = open_embeddings(out)
     assert list(columns["path"]) == [str(path) for path in find_images(photos) if path != damaged]
     assert len(rows) == 11 and facts["unreadable"] == [[str(damaged), "is not an image"]]
     for path in find_images(photos):
         path.write_text("no image")
     failed(embed(*command, "--skip_bad", "--overwrite"), "none of its images can be read")
+    assert sorted(path.name for path in tmp_path.glob("*e.*")) == ["e.csv", "e.json", "e.npy"]
 
 
 def test_many_equal_images_are_worth_a_remark(photos, checkpoint, tmp_path):

@@ -267,7 +267,10 @@ def test_a_run_of_an_earlier_version_is_refused(tmp_path):
     [
         (lambda run: (run / "config.json").unlink(), "no run lies there"),
         (lambda run: os.truncate(run / "config.json", 99), "config.json: not valid JSON"),
-        (lambda run: os.truncate(run / "last.pth", 50_000), "last.pth: not a file that torch.save wrote"),
+        (
+            lambda run: os.truncate(run / "last.pth", 50_000),
+            "last.pth: not a file that torch",
+        ),
         (lambda run: change_checkpoint(run, lambda c: c.pop("optimizer")), "does not fit"),
         (lambda run: change_checkpoint(run, lambda c: c["method"].popitem()), "does not fit"),
         (

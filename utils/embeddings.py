@@ -14,8 +14,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +23,10 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import disk_faults, lock_file, sync_folder, write_json
+from utils.files import Lock, disk_faults, sync_folder, write_json
 from utils.tables import CSV_FORMAT, csv_writer
 
+BLOCK = 1 << 14  # rows
 SAVE_EVERY = 2.0  # seconds of work that a kill may cost
 COLUMNS = ("path", "class", "bytes", "modified_ns", "sha256")
 OF_IMAGES = ("source", "images")  # facts that change with a folder
@@ -46,15 +47,14 @@ class KnownRows:
     """Rows of earlier files, by image: by path, size and time of change, or by content."""
 
     def __init__(self, files: Sequence[Embeddings]) -> None:
-        self._of_path: dict[str, tuple] = {}
-        self._of_content: dict[str, np.ndarray] = {}
-        for file in files:
-            if not set(COLUMNS) <= set(file.columns):  # of an earlier version
-                continue
-            columns = (file.columns[name] for name in COLUMNS)
-            for row, (path, _, size, modified, content) in enumerate(zip(*columns, strict=True)):
-                self._of_path[path] = (size, modified, content, file.rows[row])
-                self._of_content[content] = file.rows[row]
+        """Later files stand above earlier ones."""
+        self._files = [file for file in files if set(COLUMNS) <= set(file.columns)]
+        self._of_path: dict[str, tuple[int, int]] = {}  # number of the file, row
+        self._of_content: dict[str, tuple[int, int]] = {}
+        for number, file in enumerate(self._files):
+            places = [(number, row) for row in range(len(file.rows))]
+            self._of_path.update(zip(file.columns["path"], places, strict=True))
+            self._of_content.update(zip(file.columns["sha256"], places, strict=True))
 
     def __contains__(self, path: str) -> bool:
         """Return whether a row was made from a file of this path."""
@@ -62,14 +62,21 @@ class KnownRows:
 
     def unchanged(self, path: str, entry: os.stat_result) -> tuple[str, np.ndarray] | None:
         """Return content hash and row of a file that is as it was, None if it is not."""
-        known = self._of_path.get(path)
-        if known is None or known[:2] != (str(entry.st_size), str(entry.st_mtime_ns)):
+        if path not in self._of_path:
             return None
-        return known[2:]
+        number, row = self._of_path[path]
+        file = self._files[number]
+        size, modified, sha256 = (file.columns[name][row] for name in COLUMNS[2:])
+        if (size, modified) != (str(entry.st_size), str(entry.st_mtime_ns)):
+            return None
+        return sha256, file.rows[row]
 
     def of_content(self, sha256: str) -> np.ndarray | None:
         """Return the row of an image with these bytes, wherever it lay."""
-        return self._of_content.get(sha256)
+        if sha256 not in self._of_content:
+            return None
+        number, row = self._of_content[sha256]
+        return self._files[number].rows[row]
 
 
 class EmbeddingWriter:
@@ -94,7 +101,7 @@ class EmbeddingWriter:
 
         Args:
             facts: content of `FILE.json`, with `dimension` D and `dtype` of the rows.
-            overwrite: begin anew, whatever is there.
+            overwrite: replace what is there; only an unfinished file of the same is gone on with.
             shares: whether some images are among those of earlier files.
 
         Raises UserError if a file of another network or of other images is there, or another
@@ -105,34 +112,40 @@ class EmbeddingWriter:
         self._parts = _paths_of(file, ".part")
         self._before = _paths_of(file, ".before")
         self._dtype = np.dtype(facts["dtype"]).newbyteorder("<")
+        self._lock = Lock(file)
+        try:
+            self._decide(overwrite, shares)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _decide(self, overwrite: bool, shares: Callable[[KnownRows], bool]) -> None:
+        """Look at what is there, and open what is to be written."""
+        if not overwrite:
+            self._take_back()
         finished = None if overwrite else self._read_same(self._paths)
-        part = None if overwrite else self._read_same(self._parts)
-        self.complete = finished is not None and self._has_same_images(finished)
+        part = self._read_part(overwrite)
+        self.complete = self._has_same_images(finished) and not finished["unreadable"]
         if self.complete:
             self.rows = finished["rows"]
+            self._lock.release()
             return
         if not (overwrite or finished or part):
             self._check_free()
-        is_of_changed_folder = part is not None and not self._has_same_images(part)
-        files = [] if overwrite else [self._before, self._paths]
-        if is_of_changed_folder:
-            files.append(self._parts)
-        self._earlier = [_open(paths) for paths in files if self._read_same(paths)]
-        self.known = KnownRows(self._earlier)
-        if self._earlier and not shares(self.known):
-            raise UserError(f"{file}: is of other images; {ADVICE}")
-        self._open_parts()
-        if is_of_changed_folder:
-            self._set_aside()
+        goes_on = self._has_same_images(part)
+        files = [] if overwrite else [_open(p) for p in self._earlier() if self._read_same(p)]
+        if part and not goes_on:
+            files.append(_open(self._parts))
+        self._files = files
+        self.known = KnownRows(files)
+        if files and not shares(self.known):
+            raise UserError(f"{self._paths['npy']}: is of other images; {ADVICE}")
+        if not goes_on:
+            self._set_aside(part)
             part = None
-        self.images, self.rows, csv_size = part["progress"] if part else (0, 0, 0)
+        self.images, self.rows, self._csv_size = part["progress"] if part else (0, 0, 0)
         self.unreadable = part["unreadable"] if part else []
-        row_size = facts["dimension"] * self._dtype.itemsize
-        self._npy.truncate(self._write_header() + self.rows * row_size)
-        self._csv.truncate(csv_size)
-        self._csv.seek(csv_size)
-        if csv_size == 0:
-            self._table.writerow(COLUMNS)
+        self._open_parts()
         self._save()
 
     def add(
@@ -142,12 +155,13 @@ class EmbeddingWriter:
         unreadable: Sequence[tuple[str, str]] = (),
     ) -> None:
         """Append the embeddings (b, D) of a batch, with the columns of each row."""
-        self.images += len(listed) + len(unreadable)
-        self.rows += len(rows)
-        self.unreadable += unreadable
-        with disk_faults(self._paths["npy"], NO_ROOM):
+        with self._writing():
             self._npy.write(rows.astype(self._dtype).tobytes())
             self._table.writerows(listed)
+            self._csv_size = self._csv.tell()
+            self.images += len(listed) + len(unreadable)
+            self.rows += len(rows)
+            self.unreadable += unreadable
             if time.monotonic() - self._last_save >= SAVE_EVERY:
                 self._save()
 
@@ -160,52 +174,101 @@ class EmbeddingWriter:
         self._npy.close()
         self._csv.close()
         changes = self._changes()
-        self._paths["json"].unlink(missing_ok=True)
-        for kind in ("npy", "csv"):
-            os.replace(self._parts[kind], self._paths[kind])
-        facts = self.facts | {"rows": self.rows, "unreadable": self.unreadable}
-        write_json(self._paths["json"], facts)
+        with disk_faults(self._paths["npy"], NO_ROOM):
+            self._paths["json"].unlink(missing_ok=True)
+            for kind in ("npy", "csv"):
+                os.replace(self._parts[kind], self._paths[kind])
+            facts = self.facts | {"rows": self.rows, "unreadable": self.unreadable}
+            write_json(self._paths["json"], facts)
         for path in (self._parts["json"], *self._before.values()):
             path.unlink(missing_ok=True)
         sync_folder(self._paths["npy"].parent)
         self.complete = True
+        self._lock.release()
         return changes
 
+    def discard(self) -> None:
+        """Remove what was begun."""
+        self._is_sound = False
+        self.close()
+        for path in self._parts.values():
+            path.unlink(missing_ok=True)
+
     def close(self) -> None:
-        """Save what is there, and let other processes have the files."""
+        """Save what is there, unless a write failed, and let other processes have the files."""
         if not self._npy.closed:
-            for step in (self._save, self._npy.close, self._csv.close):
+            steps = [self._save] if self._is_sound else []
+            for step in (*steps, self._npy.close, self._csv.close):
                 with suppress(OSError, UserError):  # it was reported; what is saved stays whole
                     step()
+        self._lock.release()
+
+    def _take_back(self) -> None:
+        """Undo the renaming of a run that was killed in `finish`."""
+        if self._parts["json"].exists() and not self._paths["json"].exists():
+            for kind in ("npy", "csv"):
+                if self._paths[kind].exists() and not self._parts[kind].exists():
+                    os.replace(self._paths[kind], self._parts[kind])
+
+    def _read_part(self, overwrite: bool) -> dict | None:
+        """Read the facts of the unfinished file; to overwrite, only those of the very same."""
+        try:
+            part = self._read_same(self._parts)
+        except UserError:
+            if overwrite:
+                return None
+            raise
+        return None if overwrite and not self._has_same_images(part) else part
+
+    def _earlier(self) -> list[dict[str, Path]]:
+        return [self._before, self._paths]
+
+    def _set_aside(self, part: dict | None) -> None:
+        """Keep an unfinished file of other images for its rows, unless an earlier one has more."""
+        if part:
+            before = self._read_same(self._before)
+            if before is None or before["progress"][1] <= part["progress"][1]:
+                self._before["json"].unlink(missing_ok=True)  # without it the others do not count
+                for kind in ("npy", "csv", "json"):
+                    os.replace(self._parts[kind], self._before[kind])
+        for kind in ("json", "npy", "csv"):
+            self._parts[kind].unlink(missing_ok=True)
 
     def _open_parts(self) -> None:
-        """Open the unfinished files, which no other process may write."""
+        """Open the unfinished files, at the end of what is safe in them."""
         for kind in ("npy", "csv"):
             self._parts[kind].touch()
         self._npy = open(self._parts["npy"], "rb+")  # noqa: SIM115  # see close
         self._csv = open(self._parts["csv"], "r+", **CSV_FORMAT)  # noqa: SIM115
         self._table = csv_writer(self._csv)
-        if not lock_file(self._npy.fileno()):
-            name = self._paths["npy"]
-            raise UserError(f"{name}: another process is writing it; choose another name")
+        self._is_sound = True
+        row_size = self.facts["dimension"] * self._dtype.itemsize
+        self._npy.truncate(self._write_header() + self.rows * row_size)
+        self._csv.truncate(self._csv_size)
+        self._csv.seek(self._csv_size)
+        if self._csv_size == 0:
+            self._table.writerow(COLUMNS)
+            self._csv_size = self._csv.tell()
 
-    def _set_aside(self) -> None:
-        """Keep the unfinished files of other images for their rows, and begin new ones."""
-        for kind, part in self._parts.items():
-            os.replace(part, self._before[kind])
-        self._npy.close()
-        self._csv.close()
-        self._open_parts()
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn a full disk into a UserError; what is in the buffers then is never saved."""
+        try:
+            with disk_faults(self._paths["npy"], NO_ROOM):
+                yield
+        except BaseException:
+            self._is_sound = False
+            raise
 
     def _save(self) -> None:
         """Bring the rows to the disk, then write how many they are."""
-        with disk_faults(self._paths["npy"], NO_ROOM):
+        with self._writing():
             self._write_header()
             self._npy.seek(0, os.SEEK_END)
             for file in (self._npy, self._csv):
                 file.flush()
                 os.fsync(file.fileno())
-            progress = (self.images, self.rows, self._csv.tell())
+            progress = (self.images, self.rows, self._csv_size)
             facts = self.facts | {"unreadable": self.unreadable, "progress": progress}
             write_json(self._parts["json"], facts)
         self._last_save = time.monotonic()
@@ -220,9 +283,9 @@ class EmbeddingWriter:
 
     def _changes(self) -> str:
         """Say how many images are new, changed, renamed and gone since the earlier files."""
-        if not self._earlier:
+        if not self._files:
             return ""
-        before = dict.fromkeys(zip(*_content_columns(self._earlier), strict=True))
+        before = dict.fromkeys(zip(*_content_columns(self._files), strict=True))
         paths, contents = ({pair[number] for pair in before} for number in (0, 1))
         now = set(zip(*_content_columns([_open(self._parts)]), strict=True))
         kinds = dict.fromkeys(("new", "changed", "renamed or copied", "kept", "gone"), 0)
@@ -245,8 +308,8 @@ class EmbeddingWriter:
             if path.exists() and not self._parts["json"].exists():
                 raise UserError(f"{path}: is there, and not of embed.py; {ADVICE}")
 
-    def _has_same_images(self, facts: dict) -> bool:
-        return facts.get("source") == self.facts.get("source")
+    def _has_same_images(self, facts: dict | None) -> bool:
+        return facts is not None and facts.get("source") == self.facts.get("source")
 
     def _read_same(self, paths: dict[str, Path]) -> dict | None:
         """Read the facts of files, None if some are missing.
@@ -275,6 +338,8 @@ def open_embeddings(file: Path) -> Embeddings:
 
     Raises UserError if the file is missing, unfinished or not of embed.py.
     """
+    if file.suffix != ".npy":
+        raise UserError(f"{file}: the name must end in .npy; give a file of embed.py")
     paths = _paths_of(file)
     if not paths["json"].exists():
         if _paths_of(file, ".part")["json"].exists():
@@ -288,7 +353,9 @@ def _open(paths: dict[str, Path]) -> Embeddings:
     facts = _read_facts(paths["json"])
     n_rows = facts["progress"][1] if "progress" in facts else facts.get("rows")
     try:
-        rows = np.load(paths["npy"], mmap_mode="r", allow_pickle=False)
+        rows = np.asarray(np.load(paths["npy"], mmap_mode="r", allow_pickle=False))
+        if "progress" in facts:
+            rows = rows[:n_rows]  # a kill may have come before the last number was written
     except (ValueError, EOFError):
         raise UserError(f"{paths['npy']}: not a .npy array, or truncated; embed again") from None
     with open(paths["csv"], **CSV_FORMAT) as lines:
@@ -303,8 +370,11 @@ def _open(paths: dict[str, Path]) -> Embeddings:
 
 
 def count_alike(rows: np.ndarray) -> int:
-    """Return how many rows are equal to another one."""
-    counts = Counter(hash(row.tobytes()) for row in rows)
+    """Return how many rows (N, D) are equal to another one, to three digits."""
+    counts: Counter[int] = Counter()
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK].astype(np.float32).round(3) + 0.0  # no negative zero
+        counts.update(hash(row.tobytes()) for row in block)
     return sum(count for count in counts.values() if count > 1)
 
 

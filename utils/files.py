@@ -105,6 +105,31 @@ def lock_file(handle: int) -> bool:
     return True
 
 
+class Lock:
+    """Keeps other processes from writing a file, by a hidden file beside it."""
+
+    def __init__(self, file: Path) -> None:
+        """Take the lock. Raises UserError if another process has it."""
+        self._path = file.with_name(f".{file.name}.lock")
+        self._handle = open(self._path, "a")  # noqa: SIM115  # until `release`
+        is_ours = lock_file(self._handle.fileno())
+        if not is_ours or not self._is_there():
+            self._handle.close()
+            raise UserError(f"{file}: another process is writing it; choose another name")
+
+    def _is_there(self) -> bool:
+        """Return whether the locked file is the one that has the name, not a removed one."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.stat(self._path), os.fstat(self._handle.fileno()))
+        return False
+
+    def release(self) -> None:
+        """Give the lock back; again is harmless."""
+        if not self._handle.closed:
+            self._path.unlink(missing_ok=True)
+            self._handle.close()
+
+
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
     """Make `folder` and its parents for a block; if the block fails, remove the empty ones that it
