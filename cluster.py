@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-from reports.sheets import SheetRow, Tile, contact_sheet
+from reports.sheets import MOST_ROWS, SheetRow, Tile, contact_sheet
 from utils.clustering import FEWEST_CLUSTERS, choose_k, kmeans
 from utils.duplicates import duplicate_groups
 from utils.embeddings import Embeddings, open_embeddings
@@ -121,12 +121,13 @@ def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
         for number, group in enumerate(groups, 1)
         for rank, row in enumerate(group, 1)
     ]
-    tiles = [group[: args.images_each] for group in groups]
-    texts = [f"cluster {n} ({len(group)} images)" for n, group in enumerate(groups, 1)]
     outliers = np.argsort(-distances, kind="stable")[:MOST_OUTLIERS]
-    for start in range(0, len(outliers), args.images_each):
-        tiles.append(outliers[start : start + args.images_each])
-        texts.append("far from all")
+    starts = range(0, len(outliers), args.images_each)
+    drawn = groups[: MOST_ROWS - len(starts)]
+    tiles = [group[: args.images_each] for group in drawn]
+    tiles += [outliers[start : start + args.images_each] for start in starts]
+    texts = [f"cluster {n} ({len(group)} images)" for n, group in enumerate(drawn, 1)]
+    texts += ["far from all"] * len(starts)
     write_files(args, file, ("path", "cluster", "distance", "rank"), table, groups, tiles, texts)
     sizes = [len(group) for group in groups]
     print(f"{args.out}: {len(rows)} images in {k} clusters of {min(sizes)} to {max(sizes)}")
@@ -191,9 +192,10 @@ def link_groups(folder: Path, groups: Sequence[Sequence[str]]) -> None:
     """Make a folder of links to the images of each group, all of them or none."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
+        beside.mkdir(parents=True)
         for number, paths in enumerate(groups, 1):
             place = beside / f"{number:0{len(str(len(groups)))}}"
-            place.mkdir(parents=True)
+            place.mkdir()
             for rank, path in enumerate(paths, 1):
                 name = f"{rank:0{len(str(len(paths)))}}_{os.path.basename(path)}"
                 (place / name).symlink_to(path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasets.arrays import DEFAULT_IMAGE_SIZE
-from datasets.images import as_rgb, decode_image, squash
+from datasets.images import as_rgb, decode_image, squash, upright
 from datasets.views import center_crop, crop_size
 from models import BACKBONES, PAPER, CBSwR, Pooling, check_crop_size, load_network
 from models.timm_backbones import TIMM_PREFIX
@@ -28,6 +29,7 @@ from utils.devices import choose_device
 from utils.errors import UserError
 from utils.features import extract_features
 
+BATCH = 100  # images that are decoded and embedded at once
 Picture = Image.Image | str | os.PathLike | np.ndarray | Tensor
 
 
@@ -67,14 +69,15 @@ class Embedder:
 
         Raises UserError if it cannot be loaded (see `models.load_network`).
         """
-        torch.manual_seed(seed)
         source = str(source)
         checkpoint, backbone = source, None
         if source in BACKBONES or source.startswith(TIMM_PREFIX):
             checkpoint, backbone = None, source
-        self.model, about = load_network(
-            choose_device(str(device)), checkpoint, backbone, weights, pooling, dim
-        )
+        device = choose_device(str(device))
+        with torch.random.fork_rng():  # the caller's random numbers stay as they were
+            torch.manual_seed(seed)
+            network = load_network(device, checkpoint, backbone, weights, pooling, dim)
+        self.model, about = network
         self.flip = bool(about["flip_eval"]) if flip is None else flip
         self.precision = precision
         self.features = about["features"]
@@ -94,7 +97,7 @@ class Embedder:
             "dim": dim,
             "flip_eval": self.flip,
             "dimension": self.dimension,
-            "network_sha256": network_hash(self.model),
+            "network_sha256": network_hash(self.model, self.features),
         }
 
     @classmethod
@@ -138,17 +141,19 @@ class Embedder:
     def __call__(self, images: Picture | Iterable[Picture]) -> np.ndarray:
         """Embed an image or several: float32 (N, D), rows of unit length.
 
-        An image is a PIL image, the path of a file, an array (H, W, 3) of uint8, or a tensor
-        (3, H, W) of uint8 or of numbers from 0 to 1; all of them RGB.
+        An image is a PIL image, the path of a file, an array of uint8, (H, W, 3) or gray (H, W), or
+        a tensor, (3, H, W) or gray (H, W), of uint8 or of numbers from 0 to 1. Colors are RGB.
+        Raises ValueError for other numbers, and UnreadableError for a file that cannot be read.
         """
         is_single = isinstance(images, Image.Image | str | os.PathLike) or (
-            isinstance(images, np.ndarray | Tensor) and images.ndim == 3
+            isinstance(images, np.ndarray | Tensor) and images.ndim < 4
         )
-        pictures = [images] if is_single else images
-        squares = [_as_square(picture, self.image_size) for picture in pictures]
-        shape = (-1, self.image_size, self.image_size, 3)
-        crops = center_crop(np.array(squares, np.uint8).reshape(shape))
-        return self.embed_crops(torch.from_numpy(crops))
+        pictures = iter([images] if is_single else images)
+        rows = [np.empty((0, self.dimension), np.float32)]
+        while batch := list(islice(pictures, BATCH)):
+            squares = np.stack([_as_square(picture, self.image_size) for picture in batch])
+            rows.append(self.embed_crops(torch.from_numpy(center_crop(squares))))
+        return np.concatenate(rows)
 
     def embed_crops(self, crops: Tensor) -> np.ndarray:
         """Embed center crops, uint8 RGB (b, crop, crop, 3): float32 (b, D), of unit length."""
@@ -165,19 +170,26 @@ def _as_square(picture: Picture, image_size: int) -> np.ndarray:
     if isinstance(picture, str | os.PathLike):
         return decode_image(Path(picture), image_size)
     if isinstance(picture, Tensor):
+        picture = picture.detach().cpu()
         if picture.is_floating_point():
+            if not -0.01 <= picture.min() <= picture.max() <= 1.01:
+                raise ValueError("the numbers of a tensor must lie in 0 to 1, not be normalized")
             picture = (255 * picture).round().clamp(0, 255).byte()
-        picture = picture.permute(1, 2, 0).cpu().numpy()
+        picture = picture.movedim(0, -1) if picture.ndim == 3 else picture
+        picture = picture.numpy()
     if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            raise ValueError(f"expected uint8 (H, W, 3), got {picture.dtype} {picture.shape}")
         picture = Image.fromarray(picture)
-    return squash(as_rgb(picture), image_size)
+    return squash(as_rgb(upright(picture)), image_size)
 
 
-def network_hash(model: CBSwR) -> str:
-    """Return the SHA-256 of the weights that make embeddings, of backbone and embedding head."""
+def network_hash(model: CBSwR, features: str = "embedding") -> str:
+    """Return the SHA-256 of the weights that make features: "pooled" has none of the head."""
+    parts = ("base_model.",) if features == "pooled" else ("base_model.", "feat_ext.")
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        if name.startswith(("base_model.", "feat_ext.")):
+        if name.startswith(parts):
             array = value.detach().cpu().contiguous().numpy()
             digest.update(f"{name} {array.dtype} {array.shape}\0".encode())
             digest.update(array.tobytes())

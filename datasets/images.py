@@ -84,7 +84,7 @@ def open_rgb(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on metadata
             image = _load(source, least_side)
-            return as_rgb(image, as_stored) if as_stored else as_rgb(_upright(image))
+            return as_rgb(image, as_stored) if as_stored else as_rgb(upright(image))
     except Image.UnidentifiedImageError:
         raise UnreadableError("is not an image") from None
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
@@ -157,13 +157,18 @@ def png_without_metadata(content: bytes) -> bytes:
     return b"".join(parts)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF says, if that can be read."""
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF says, if that can be read; what is turned says so no more."""
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # Pillow raises almost anything for odd metadata, which no pixel needs
         orientation = None
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+    if orientation not in TURNS:
+        return image
+    turned = image.transpose(TURNS[orientation])
+    for name in ("exif", "xmp", "XML:com.adobe.xmp"):
+        turned.info.pop(name, None)
+    return turned
 
 
 def as_rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:

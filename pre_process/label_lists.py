@@ -59,11 +59,10 @@ def listed_path(name: str, images: Path, places: dict[str, Path]) -> Path | None
     places: the images by their cleaned path below `images`.
     """
     for spelling in (name, name.strip(), name.replace("\\", "/")):
-        path = Path(os.path.normpath(images / spelling))
-        is_below = Path(os.path.normpath(images)) in path.parents
-        if is_below and "\0" not in spelling and path.is_file():
-            return path
-        below = os.path.relpath(path, images) if is_below else spelling
+        below = os.path.relpath(os.path.abspath(images / spelling), images)
+        is_below = not below.startswith(os.pardir)
+        if is_below and "\0" not in spelling and (images / below).is_file():
+            return images / below
         if clean(below) in places:
             return places[clean(below)]
     return None

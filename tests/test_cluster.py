@@ -124,6 +124,15 @@ def test_duplicate_groups():
     assert duplicate_groups(rows, [""] * 44, 1.1) == []
 
 
+def test_many_pairs_are_held_as_links(monkeypatch):
+    rows = np.eye(7, dtype=np.float32)[np.random.default_rng(0).integers(0, 7, 300)]
+    whole = [group.tolist() for group in duplicate_groups(rows, [""] * 300, 0.9)]
+    monkeypatch.setattr("utils.duplicates.MOST_PAIRS", 50)
+    monkeypatch.setattr("utils.duplicates.BLOCK", 16)
+    assert [group.tolist() for group in duplicate_groups(rows, [""] * 300, 0.9)] == whole
+    assert len(whole) == 7 and sum(map(len, whole)) == 300
+
+
 def test_copies_of_photos(tmp_path):
     photos = make_photos(tmp_path / "photos")
     original = photos / "cat/deep/01.png"
@@ -139,7 +148,9 @@ def test_copies_of_photos(tmp_path):
     kinds = {Path(row["path"]).name: row["kind"] for row in read_table(tmp_path / "d.csv")}
     copies = {"01.png": "first", "copy.png": "equal file"}
     assert kinds == copies | {"mirrored.png": "alike", "resized.webp": "alike"}
-    result = cluster(file, "--duplicates", 1)
+    folder = tmp_path / "groups"
+    result = cluster(file, "--duplicates", 1, "--link", folder)
+    assert result.code == 0 and folder.is_dir()
     with open(tmp_path / "e_duplicates.csv", newline="") as table:
         assert len(list(csv.reader(table))) >= 3
 
@@ -149,6 +160,7 @@ REFUSED = [
     ("--embeddings e.npy --k 0", "must be at least 1"),
     ("--embeddings e.npy --k many", "expected a whole number, got 'many'"),
     ("--embeddings e.npy --k 3 --duplicates", "--k does not go with --duplicates"),
+    ("--embeddings e --k 2 --out e.csv", "the name must end in .npy"),
     ("--embeddings e.npy --out e.csv", "would overwrite what --embeddings names"),
 ]
 

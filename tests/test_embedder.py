@@ -11,7 +11,7 @@ from photos import SIZE, make_photos, save_network
 from PIL import Image
 from scripts import ROOT, run_in_process
 
-from datasets.images import find_images
+from datasets.images import find_images, open_rgb
 from embedder import Embedder, network_hash
 from models import build_model
 from utils.errors import UserError
@@ -44,6 +44,43 @@ def test_all_kinds_of_images_give_the_rows_of_embed(place):
     assert embedder([]).shape == (0, 12)
 
 
+def test_a_turned_photo_is_the_same_as_a_path_and_as_an_image(place, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me by 90 degrees"
+    Image.open(place / "photos/cat/00.jpg").save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    embedder = Embedder(place / "net.pth", flip=False)
+    picture = open_rgb(tmp_path / "turned.jpg")
+    assert picture.size == (30, 40)
+    row = embedder(tmp_path / "turned.jpg")
+    for image in (Image.open(tmp_path / "turned.jpg"), picture):
+        np.testing.assert_allclose(embedder(image), row, atol=1e-6)
+    assert np.abs(row - embedder(place / "photos/cat/00.jpg")).max() > 0.01
+
+
+def test_many_images_are_embedded_in_batches(place, monkeypatch):
+    monkeypatch.setattr("embedder.BATCH", 5)
+    paths = (path for path in find_images(place / "photos"))
+    rows = Embedder(place / "net.pth")(paths)
+    np.testing.assert_allclose(rows, np.load(place / "e.npy"), atol=1e-6)
+
+
+def test_numbers_that_are_no_image(place):
+    embedder = Embedder(place / "net.pth")
+    gray = np.zeros((48, 64), np.uint8)
+    assert embedder(gray).shape == (1, 12)
+    for wrong in (torch.full((3, 8, 8), 90.0), torch.full((3, 8, 8), -2.0), np.zeros((8, 8, 3))):
+        with pytest.raises(ValueError, match=r"0 to 1|expected uint8"):
+            embedder(wrong)
+
+
+def test_random_numbers_of_the_caller_stay(place):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    Embedder("resnet_small", "none")
+    assert torch.equal(torch.rand(4), expected)
+
+
 def test_torch_hub(place):
     photo = place / "photos/cat/00.jpg"
     hub = {"source": "local", "repo_or_dir": str(ROOT)}
@@ -64,5 +101,8 @@ def test_hash_of_the_network():
     before = network_hash(model)
     model.clustering[2].weight.data += 1  # makes no embedding
     assert network_hash(model) == before
+    pooled = network_hash(model, "pooled")
+    model.feat_ext[0].weight.data += 1
+    assert network_hash(model) != before and network_hash(model, "pooled") == pooled
     model.base_model.bn1.running_mean += 1
-    assert network_hash(model) != before
+    assert network_hash(model, "pooled") != pooled

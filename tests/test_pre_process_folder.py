@@ -198,6 +198,14 @@ def test_what_is_written_is_read_back_for_every_name(script, photos):
     assert len({path for paths, _ in written for path in paths}) == 12 + len(NAMES)
 
 
+@pytest.mark.usefixtures("photos")
+def test_absolute_paths_below_a_relative_folder(script):
+    rows = "".join(f"{Path('photos', path).absolute()},{name}\n" for path, name in CLASSES.items())
+    Path("labels.csv").write_text(f"path,class\n{rows}")
+    done = script("--labels", "labels.csv", "--split_by", "images", "--images", "photos")
+    assert (done.code, done.err) == (0, "")
+
+
 def test_composed_names_find_decomposed_files(script, photos):
     for number, name in enumerate(("re\u0301", "u\u0308")):
         save_photo(photos / "x.png", number).rename(photos / f"{name}.png")

@@ -9,6 +9,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 BLOCK = 1024  # rows that are compared with all others at once
+MOST_PAIRS = 10_000_000  # that are held, beside a link for each row
+ROUNDING = 1e-6  # of a cosine in float32
 
 
 def duplicate_groups(
@@ -28,17 +30,43 @@ def duplicate_groups(
     Returns the row numbers of each group of two or more, the largest group first.
     """
     first_of: dict[str, int] = {}
-    pairs = [(row, first_of.setdefault(c, row)) for row, c in enumerate(contents) if c]
+    equal = [(row, first_of.setdefault(c, row)) for row, c in enumerate(contents) if c]
+    links = _Links(len(rows))
+    links.add(np.array(equal, np.int64).reshape(-1, 2))
     starts = range(0, len(rows), BLOCK)
     for start in progress(starts, "comparing") if progress else starts:
         block = rows[start : start + BLOCK].astype(np.float32)
         for other in range(start, len(rows), 16 * BLOCK):
             cosines = block @ rows[other : other + 16 * BLOCK].astype(np.float32).T
-            near = np.argwhere(cosines >= similarity) + np.array([start, other])
-            pairs += near[near[:, 0] < near[:, 1]].tolist()
-    links = np.array(pairs, np.int64).reshape(-1, 2)
-    graph = coo_array((np.ones(len(links), bool), links.T), shape=(len(rows), len(rows)))
-    _, groups = connected_components(graph, directed=False)
+            near = np.argwhere(cosines >= similarity - ROUNDING) + np.array([start, other])
+            links.add(near[near[:, 0] < near[:, 1]])
+    groups = links.components()
     order = groups.argsort(kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
     return sorted((group for group in members if len(group) > 1), key=len, reverse=True)
+
+
+class _Links:
+    """Pairs of rows, of which no more are kept than tell what hangs together."""
+
+    def __init__(self, n_rows: int) -> None:
+        self._n_rows = n_rows
+        self._pairs: list[np.ndarray] = []
+        self._count = 0
+
+    def add(self, pairs: np.ndarray) -> None:
+        """Add pairs of row numbers (n, 2)."""
+        self._pairs.append(pairs)
+        self._count += len(pairs)
+        if self._count > MOST_PAIRS:
+            groups = self.components()
+            first = np.unique(groups, return_index=True)[1]  # of each component
+            self._pairs = [np.stack([np.arange(self._n_rows), first[groups]], 1)]
+            self._count = self._n_rows
+
+    def components(self) -> np.ndarray:
+        """Return the number of the component of each row."""
+        pairs = np.concatenate(self._pairs)
+        shape = (self._n_rows, self._n_rows)
+        graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=shape)
+        return connected_components(graph, directed=False)[1]

@@ -10,6 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -44,7 +45,8 @@ def kept_index(
     row_of = _places(old_keys, keys)
     n_gone = int((row_of < 0).sum())
     is_torn = opened is not None and opened.ntotal != len(old_keys)  # of a run that was killed
-    if opened is None or is_torn or n_gone > MOST_GONE * len(row_of):
+    most_gone = 0 if kind == "exact" else MOST_GONE * len(row_of)  # exact costs a copy alone
+    if opened is None or is_torn or n_gone > most_gone:
         index = Index(rows, kind, **options)
         _write(file, index, keys, facts)
         return index, f"built anew, as {n_gone} rows are gone" if n_gone else "built"
@@ -63,6 +65,7 @@ def kept_index(
 def row_keys(rows: np.ndarray) -> np.ndarray:
     """Return a hash of each row, and which of its equals it is: structured (N,)."""
     keys = np.empty(len(rows), [("hash", "u8"), ("number", "u4")])
+    rows = np.asarray(rows)
     digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
     keys["hash"] = np.frombuffer(b"".join(digests), "u8")
     order = keys["hash"].argsort(kind="stable")
@@ -89,7 +92,7 @@ def _read(file: Path) -> tuple[np.ndarray, dict, Any]:
             known = {name: facts[name] for name in ("network", "kind")}
             keys = content["keys"]
         return keys, known, faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile):
         raise UserError(
             f"{file}: with {file}.npz not an index of search.py; remove it, or name another file"
         ) from None
@@ -99,6 +102,10 @@ def _write(file: Path, index: Index, keys: np.ndarray, facts: dict) -> None:
     """Write index and keys, the keys last: an index that they do not fit is built anew."""
     side = Path(f"{file}.npz")
     with written_whole(side) as beside_keys, written_whole(file) as beside:
-        faiss.write_index(index.faiss, str(beside))
+        try:
+            faiss.write_index(index.faiss, str(beside))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[-200:]
+            raise UserError(f"{file}: cannot be written ({reason}); make room") from None
         with open(beside_keys, "wb") as out:
             np.savez(out, keys=keys, facts=json.dumps(facts))
