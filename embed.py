@@ -172,7 +172,7 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
         return
     if writer.images:
         print(f"{args.out}: going on after {writer.images} of {len(source)} images")
-    source.known = writer.known
+    source.earlier_rows = writer.earlier_rows
     batches = batches_of(source, args.test_batch, writer.images)
     n_batches = (len(source) - writer.images) / args.test_batch
     with closing(writer):

@@ -132,7 +132,7 @@ def embed_queries(
     Images that have a row need no network.
     """
     source = FileSource(query_paths(args.query), file.facts["image_size"], args.workers)
-    source.known = KnownRows([file])
+    source.earlier_rows = KnownRows([file])
     embedder = None
     queries = []
     parts = []
@@ -161,14 +161,14 @@ def make_answer(
 ) -> dict:
     """Name the k hits of a query, nearest first, without itself."""
     path, sha256 = query
-    found = [number for number in numbers if number >= 0]
+    places = [number for number in numbers if number >= 0]
     paths = columns["path"]
     contents = columns.get("sha256", [""] * len(paths))
-    same_place = [n for n in found if os.path.realpath(paths[n]) == os.path.realpath(path)]
-    moved = (n for n in found if contents[n] == sha256 and not os.path.exists(paths[n]))
+    same_place = [n for n in places if os.path.realpath(paths[n]) == os.path.realpath(path)]
+    moved = (n for n in places if contents[n] == sha256 and not os.path.exists(paths[n]))
     itself = same_place or list(moved)
     hits = []
-    for distance, number in zip(distances, found, strict=False):
+    for distance, number in zip(distances, places, strict=False):
         if number not in itself[:1] and len(hits) < k:
             rank = len(hits) + 1
             hits.append({"rank": rank, "distance": float(distance), "path": paths[number]})

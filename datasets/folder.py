@@ -23,7 +23,7 @@ from utils.tables import CSV_FORMAT
 FILES_THAT_TELL = 20  # whether a folder is one that was embedded under another name
 
 
-class Known(Protocol):
+class EarlierRows(Protocol):
     """Rows that are known already, see `utils.embeddings.KnownRows`."""
 
     def __contains__(self, path: str) -> bool: ...
@@ -38,33 +38,34 @@ class ImageBatch:
     """The center crops of a batch of images.
 
     Attributes:
-        pixels: uint8 RGB (b, crop, crop, 3), of the images that can be read and are not known.
+        pixels: uint8 RGB (b, crop, crop, 3), of the images that can be read and have no earlier row.
         listed: path, class, size in bytes, time of change in ns and SHA-256 of each image that
             has a row; of a row of an array path and class alone.
-        known: the row of each of these if it is known, None if its crop is among the pixels.
+        earlier: the row of each of these that an earlier file has; None: its crop is among the
+            pixels.
         unreadable: path and reason of each image that cannot be read.
     """
 
     pixels: Tensor
     listed: list[tuple[str, str, int | str, int | str, str]]
-    known: list[np.ndarray | None]
+    earlier: list[np.ndarray | None]
     unreadable: list[tuple[str, str]]
 
     def rows(self, embed: Callable[[Tensor], np.ndarray] | None, dimension: int) -> np.ndarray:
-        """Return all rows (b, D): those that are known, and those that `embed` makes of pixels."""
+        """Return all rows (b, D): earlier ones, and those that `embed` makes of pixels."""
         rows = np.empty((len(self.listed), dimension), np.float32)
-        is_new = np.array([row is None for row in self.known], bool)
+        is_new = np.array([row is None for row in self.earlier], bool)
         if is_new.any():
             rows[is_new] = embed(self.pixels)
         for number in np.flatnonzero(~is_new):
-            rows[number] = self.known[number]
+            rows[number] = self.earlier[number]
         return rows
 
 
 class FileSource:
     """Image files, squashed to squares of `image_size` pixels as pre-processing does it.
 
-    known: rows that need no crop, if set.
+    earlier_rows: rows that need no crop, if set.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class FileSource:
         self.paths = [os.path.abspath(path) for path in paths]
         self.image_size = image_size
         self.workers = max(1, workers)
-        self.known: Known | None = None
+        self.earlier_rows: EarlierRows | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -94,7 +95,7 @@ class FileSource:
         """Read the images from number `start` to before `stop`."""
         squares = []
         listed = []
-        known = []
+        earlier = []
         unreadable = []
         paths = self.paths[start:stop]
         with ThreadPoolExecutor(self.workers) as pool:
@@ -105,17 +106,17 @@ class FileSource:
                     unreadable.append((path, square))
                     continue
                 listed.append((path, "", *columns))
-                known.append(row)
+                earlier.append(row)
                 if row is None:
                     squares.append(square)
         pixels = np.array(squares, np.uint8).reshape(-1, self.image_size, self.image_size, 3)
-        return ImageBatch(torch.from_numpy(center_crop(pixels)), listed, known, unreadable)
+        return ImageBatch(torch.from_numpy(center_crop(pixels)), listed, earlier, unreadable)
 
-    def shares_images(self, known: Known) -> bool:
+    def shares_images(self, earlier_rows: EarlierRows) -> bool:
         """Return whether rows of some of the images are known; of renamed files a few tell."""
         contents = (file_hash(path) for path in self.paths[:FILES_THAT_TELL])
-        return any(path in known for path in self.paths) or any(
-            known.of_content(sha256) is not None for sha256 in contents
+        return any(path in earlier_rows for path in self.paths) or any(
+            earlier_rows.of_content(sha256) is not None for sha256 in contents
         )
 
     def _read(self, path: str) -> tuple[tuple, np.ndarray | None, np.ndarray | str | None]:
@@ -123,12 +124,12 @@ class FileSource:
         try:
             entry = os.stat(path)
             columns = (entry.st_size, entry.st_mtime_ns)
-            found = self.known.unchanged(path, entry) if self.known else None
-            if found:
-                return (*columns, found[0]), found[1], None
+            same = self.earlier_rows.unchanged(path, entry) if self.earlier_rows else None
+            if same:
+                return (*columns, same[0]), same[1], None
             content = Path(path).read_bytes()
             sha256 = hashlib.sha256(content).hexdigest()
-            row = self.known.of_content(sha256) if self.known else None
+            row = self.earlier_rows.of_content(sha256) if self.earlier_rows else None
             square = None if row is not None else decode_image(content, self.image_size)
         except (OSError, UnreadableError) as error:
             return (), None, getattr(error, "strerror", None) or str(error)
@@ -140,7 +141,7 @@ class ArraySource:
 
     def __init__(self, splits: Sequence[Split]) -> None:
         self.splits = splits
-        self.known: Known | None = None  # of whole data sets no row is taken over
+        self.earlier_rows: EarlierRows | None = None  # of whole data sets no row is taken over
         self.image_size = splits[0].image_size
         self.listed = [(*row, "", "", "") for split in splits for row in listed_paths(split)]
 
@@ -163,9 +164,9 @@ class ArraySource:
         pixels = torch.from_numpy(np.concatenate(parts))
         return ImageBatch(pixels, listed, [None] * len(listed), [])
 
-    def shares_images(self, known: Known) -> bool:
+    def shares_images(self, earlier_rows: EarlierRows) -> bool:
         """Return whether some of the images are listed among known rows."""
-        return any(row[0] in known for row in self.listed)
+        return any(row[0] in earlier_rows for row in self.listed)
 
 
 def file_hash(path: str) -> str:

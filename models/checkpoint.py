@@ -147,8 +147,8 @@ def _pooling(config: dict, path: str | os.PathLike) -> Pooling:
 
 def _find_state(facts: dict, path: str | os.PathLike) -> dict[str, Tensor]:
     """Return the state_dict of the network, under the published names."""
-    own = "config" in facts and isinstance(facts.get("model"), dict)
-    tensors = flat_tensors(facts["model"] if own else facts)
+    is_of_train = "config" in facts and isinstance(facts.get("model"), dict)
+    tensors = flat_tensors(facts["model"] if is_of_train else facts)
     for prefix, state in without_prefix(tensors, len(HEADS)).items():
         if state.keys() >= HEADS:
             say_prefix(prefix, path)

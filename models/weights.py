@@ -144,13 +144,13 @@ def _fill(backbone: nn.Module, tensors: dict[str, Tensor], name: str, source: st
     expected = backbone.state_dict()
     n_required = sum(not key.endswith(_COUNTER) for key in expected)
     faults = {}
-    for prefix, found in without_prefix(tensors, min(n_required // 2, len(tensors))).items():
-        found = _spelled(found, expected)
-        faults[prefix] = _faults(found, expected)
+    for prefix, named in without_prefix(tensors, min(n_required // 2, len(tensors))).items():
+        named = _spelled(named, expected)
+        faults[prefix] = _faults(named, expected)
         if not faults[prefix]:
             say_prefix(prefix, source)
-            check_tensors(found, source)
-            backbone.load_state_dict(found, strict=False)
+            check_tensors(named, source)
+            backbone.load_state_dict(named, strict=False)
             return
     nearest = min(faults.values(), key=len)
     raise UserError(
@@ -171,15 +171,15 @@ def _spelled(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[st
     return spelled
 
 
-def _faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+def _faults(named: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """Say of each name that does not fit what is wrong with it."""
     faults = []
     for name, value in expected.items():
         if name.endswith(_COUNTER):
             continue
-        if name not in found:
+        if name not in named:
             faults.append(f"{name} is missing")
-        elif found[name].shape != value.shape:
-            shapes = f"{tuple(found[name].shape)}, not {tuple(value.shape)}"
+        elif named[name].shape != value.shape:
+            shapes = f"{tuple(named[name].shape)}, not {tuple(value.shape)}"
             faults.append(f"{name} has the shape {shapes}")
-    return faults + [f"{name} is not in this network" for name in found.keys() - expected.keys()]
+    return faults + [f"{name} is not in this network" for name in named.keys() - expected.keys()]

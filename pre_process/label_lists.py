@@ -21,15 +21,15 @@ def folder_classes(paths: Sequence[Path], images: Path) -> list[str]:
     return [path.relative_to(images).parts[0] for path in paths]
 
 
-def read_labels(file: Path, images: Path, found: Sequence[Path]) -> tuple[list[Path], list[str]]:
+def read_labels(file: Path, images: Path, files: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Read the images below `images` that a CSV file lists, in its order, and their classes.
 
     Args:
-        found: the image files below `images`.
+        files: the image files below `images`.
 
     Raises UserError that names file and line for what is missing or listed twice.
     """
-    places = {clean(str(path.relative_to(images))): path for path in found}
+    places = {clean(str(path.relative_to(images))): path for path in files}
     classes: dict[Path, str] = {}
     missing = []
     n_rows = 0

@@ -229,7 +229,7 @@ def test_ended_while_saving_and_the_folder_changed(tmp_path, monkeypatch):
     writer.add(np.ones((1, 4)), [LISTED])
     killed_at(monkeypatch, writer, "e.json.part")  # the header has a row more than the facts
     other = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": "b"})
-    assert other.images == 0 and "a.jpg" not in other.known
+    assert other.images == 0 and "a.jpg" not in other.earlier_rows
     other.close()
 
 
@@ -240,7 +240,7 @@ def test_the_larger_of_two_unfinished_files_is_kept(tmp_path):
         writer.add(np.ones((count, 4)), listed)
         writer.close()
     writer = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": "d"})
-    assert all(f"a{number}.jpg" in writer.known for number in range(9))
+    assert all(f"a{number}.jpg" in writer.earlier_rows for number in range(9))
 
 
 def test_an_interrupted_overwriting_goes_on(tmp_path):

@@ -87,7 +87,7 @@ class EmbeddingWriter:
         images: number of images that are done; unreadable ones count, though they have no row.
         rows: number of rows.
         unreadable: path and reason of each unreadable image.
-        known: rows of earlier files of the same network.
+        earlier_rows: those of earlier files of the same network.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class EmbeddingWriter:
         file: Path,
         facts: dict,
         overwrite: bool = False,
-        shares: Callable[[KnownRows], bool] = lambda known: True,
+        shares: Callable[[KnownRows], bool] = lambda rows: True,
     ) -> None:
         """Open the files.
 
@@ -137,8 +137,8 @@ class EmbeddingWriter:
         if part and not goes_on:
             files.append(_open(self._parts))
         self._files = files
-        self.known = KnownRows(files)
-        if files and not shares(self.known):
+        self.earlier_rows = KnownRows(files)
+        if files and not shares(self.earlier_rows):
             raise UserError(f"{self._paths['npy']}: is of other images; {ADVICE}")
         if not goes_on:
             self._set_aside(part)

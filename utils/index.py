@@ -155,9 +155,9 @@ class Index:
         n_gone = int((self.row_of < 0).sum())
         n_places = k + min(n_gone, k + 20)  # a tenth of the rows is gone, at most
         _, places = self.faiss.search(queries, min(n_places, len(self.row_of)))
-        found = np.where(places < 0, -1, self.row_of[places])
-        order = (found < 0).argsort(axis=1, kind="stable")  # those that are gone come last
-        numbers = np.take_along_axis(found, order, 1)[:, :k]
+        rows = np.where(places < 0, -1, self.row_of[places])
+        order = (rows < 0).argsort(axis=1, kind="stable")  # those that are gone come last
+        numbers = np.take_along_axis(rows, order, 1)[:, :k]
         return np.pad(numbers, ((0, 0), (0, k - numbers.shape[1])), constant_values=-1)
 
     def recall(self, k: int) -> tuple[float, int]:

@@ -35,12 +35,12 @@ def kept_index(
     another network or of another kind.
     """
     keys = row_keys(rows)
-    old_keys, known, opened = _read(file) if file.exists() else (keys[:0], {}, None)
-    if known and known["network"] != network:
+    old_keys, facts_there, opened = _read(file) if file.exists() else (keys[:0], {}, None)
+    if facts_there and facts_there["network"] != network:
         raise UserError(f"{file}: an index of another network; name another file")
-    if known and kind not in (None, known["kind"]):
-        raise UserError(f"{file}: an index of the kind {known['kind']}; name another file")
-    kind = kind or known.get("kind", "exact")
+    if facts_there and kind not in (None, facts_there["kind"]):
+        raise UserError(f"{file}: an index of the kind {facts_there['kind']}; name another file")
+    kind = kind or facts_there.get("kind", "exact")
     facts = {"network": network, "kind": kind}
     row_of = _places(old_keys, keys)
     n_gone = int((row_of < 0).sum())
@@ -89,9 +89,9 @@ def _read(file: Path) -> tuple[np.ndarray, dict, Any]:
     try:
         with np.load(f"{file}.npz", allow_pickle=False) as content:
             facts = json.loads(str(content["facts"]))
-            known = {name: facts[name] for name in ("network", "kind")}
+            facts_there = {name: facts[name] for name in ("network", "kind")}
             keys = content["keys"]
-        return keys, known, faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+        return keys, facts_there, faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile):
         raise UserError(
             f"{file}: with {file}.npz not an index of search.py; remove it, or name another file"
