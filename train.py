@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from datasets.views import (
     two_view_batches,
 )
 from methods import METHODS
-from models import BACKBONES, Pooling, build_model, check_crop_size, pooled_width
+from models import BACKBONES, CBSwR, Pooling, build_model, check_crop_size, pooled_width
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head, head_size
 from models.start import score_starts
@@ -63,6 +63,11 @@ CHANGEABLE |= {"data_dir", "log_dir", "data_on"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ by machine
 
 
+def power_or_auto(text: str) -> float | str:
+    """Argparse type: a number above 0, or auto."""
+    return text if text == "auto" else real(0, above=True)(text)
+
+
 def make_parser(method: str) -> Parser:
     """Make the parser of the options that all methods read, and of those of one method."""
     parser = Parser("Train an embedding of images, without labels.", REFUSED.copy())
@@ -86,12 +91,8 @@ def make_parser(method: str) -> Parser:
     add("--head_init", type=heads, default="random", help="auto: chosen by the images")
     add("--whiten_power", type=real(0), default=0.5, help="of the head: 0 is PCA, 1 whitening")
     add("--refit_head", action=flag, default=False, help="closed form again after each epoch")
-    add(
-        "--refit_power",
-        type=real(0, above=True),
-        metavar="P",
-        help="power then (default: --whiten_power)",
-    )
+    text = "power then; auto: as --head_init auto chooses (default: --whiten_power)"
+    add("--refit_power", type=power_or_auto, metavar="P", help=text)
     add = parser.add_argument_group("optimization").add_argument
     add("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores the start and saves it")
     add("--min_images", type=whole(0), default=0, help="with fewer, --n_epoch is 0 unless given")
@@ -148,6 +149,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--refit_power goes with --refit_head")
     if {"whiten_power", "refit_power"} & args.given and args.head_init != "whiten":
         parser.error("--whiten_power and --refit_power go with --head_init whiten")
+    if "refit_power" not in args.given and args.head_init != "auto" and not args.resume:
+        args.refit_power = None  # a head that is given stays of its kind
     args.given |= {name for _, config in layers[1:] for name in config}
     args.model_name = args.model_name or f"CBSwR_{NAMES.get(args.dataset, args.dataset)}"
     return args
@@ -233,21 +236,13 @@ class Job:
         model = build_model(args.backbone, weights=args.weights, pooling=poolings[-1])
         model = model.to(self.device, memory_format=torch.channels_last)
 
-        def pool(crops: Iterable[Tensor], n_crops: int, flip: bool, title: str) -> list[Tensor]:
-            batches = self.shown(crops, n_crops, title)
-            return pooled_features(model, batches, poolings, args.precision, self.processes, flip)
-
-        share = self.processes.share
-        crops = center_crops(self.training, args.test_batch, args.workers, share)
-        pooled = pool(crops, n_images, args.flip_eval, "features for the start")
-        index = np.random.default_rng([args.seed, 0]).permutation(n_images)[:START_IMAGES]
-        batch_size = -(-args.test_batch // N_PARTS)
-        crops = part_crops(self.training, index, args.seed, batch_size, args.workers, share)
-        parts = pool(crops, N_PARTS * len(index), False, "parts of images")
-        parts = [features.unflatten(0, (-1, N_PARTS)) for features in parts]
-        starts = self.processes.by_first(
-            lambda: score_starts(pooled, parts, torch.from_numpy(index))
+        crops = center_crops(self.training, args.test_batch, args.workers, self.processes.share)
+        batches = self.shown(crops, n_images, "features for the start")
+        pooled = pooled_features(
+            model, batches, poolings, args.precision, self.processes, args.flip_eval
         )
+        parts, index = self.parts_of_images(model, poolings)
+        starts = self.processes.by_first(lambda: score_starts(pooled, parts, index))
         best = max(starts, key=lambda start: start.score)
         self.pooled = pooled[best.pooling]
         args.stripes = poolings[best.pooling].options()["stripes"]
@@ -260,6 +255,22 @@ class Job:
             scores = [f"{s} {s.score:.3f}" for s in starts if s.pooling == number]
             lines.append(f"stripes {poolings[number].options()['stripes']}: {', '.join(scores)}")
         return lines
+
+    def parts_of_images(
+        self, model: CBSwR, poolings: Sequence[Pooling]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Pool parts of some training images, in which `score_starts` looks for other parts.
+
+        Returns features (n, N_PARTS, C) for each pooling, and the numbers (n,) of the images.
+        """
+        args, share = self.args, self.processes.share
+        index = np.random.default_rng([args.seed, 0]).permutation(len(self.training))
+        index = index[:START_IMAGES]
+        batch_size = -(-args.test_batch // N_PARTS)
+        crops = part_crops(self.training, index, args.seed, batch_size, args.workers, share)
+        batches = self.shown(crops, N_PARTS * len(index), "parts of images")
+        parts = pooled_features(model, batches, poolings, args.precision, self.processes)
+        return [rows.unflatten(0, (-1, N_PARTS)) for rows in parts], torch.from_numpy(index)
 
     def candidates(self) -> list[Pooling]:
         """Return the poolings that a start may have: those wide enough for a given --low_dim."""
@@ -296,15 +307,29 @@ class Job:
         """Pass on this process's batches of `n_crops` crops, with a progress bar."""
         return progress(crops, n_crops / (self.args.test_batch * self.processes.count), title)
 
-    def fit_head(self, power: float) -> None:
-        """Give the embedding head its closed form, by the features of the training images."""
+    def refit_head(self) -> None:
+        """Give the embedding head its closed form again, for the network as it is now."""
         args = self.args
+        if args.refit_power != "auto":
+            power = args.whiten_power if args.refit_power is None else args.refit_power
+            self.fit_head(args.head_init, power)
+            return
         pooled, _ = self.features()
-        head = closed_form_head(pooled, args.low_dim, args.head_init, power)
+        parts, index = self.parts_of_images(self.model, [self.model.pooling])
+        starts = self.processes.by_first(lambda: score_starts([pooled], parts, index))
+        best = max(starts, key=lambda start: start.score)
+        log.info("how well heads find parts: %s", ", ".join(f"{s} {s.score:.3f}" for s in starts))
+        self.fit_head(best.kind, best.power)
+
+    def fit_head(self, kind: str, power: float) -> None:
+        """Give the embedding head a closed form, by the features of the training images."""
+        pooled, _ = self.features()
+        head = closed_form_head(pooled, self.args.low_dim, kind, power)
         self.model.set_head(*self.processes.from_first(head))
         self.method.head_changed()
         self.forget_moments(self.model.feat_ext.parameters())
-        log.info("head by %s of the features of %d images", args.head_init, len(pooled))
+        text = f"{kind} {power:g}" if kind == "whiten" else kind
+        log.info("head by %s of the features of %d images", text, len(pooled))
 
     def forget_moments(self, parameters: Iterable[Tensor]) -> None:
         """Drop what the optimizer remembers of parameters that have begun anew."""
@@ -387,14 +412,14 @@ def train(job: Job) -> None:
     state = job.state
     if args.head_init != "random" and state.epoch == 0 and not state.is_begun:
         with job.stop.at_once():
-            job.fit_head(args.whiten_power)
+            job.fit_head(args.head_init, args.whiten_power)
     if args.n_epoch == 0 and not state.rows:
         job.end_epoch({"epoch": 0} | job.evaluate())
     for epoch in range(state.epoch + 1, args.n_epoch + 1):
         row = train_epoch(job, epoch)
         with job.stop.at_once(), state.timed("evaluate"):
             if args.refit_head:
-                job.fit_head(args.whiten_power if args.refit_power is None else args.refit_power)
+                job.refit_head()
             if epoch % args.interval == 0 or epoch == args.n_epoch:
                 row |= job.evaluate()
         n_views = 2 * state.step * args.batch_size

@@ -38,7 +38,7 @@ class ImageBatch:
     """The center crops of a batch of images.
 
     Attributes:
-        pixels: uint8 RGB (b, crop, crop, 3), of the images that can be read and have no earlier row.
+        pixels: uint8 RGB (b, crop, crop, 3), of the readable images that have no earlier row.
         listed: path, class, size in bytes, time of change in ns and SHA-256 of each image that
             has a row; of a row of an array path and class alone.
         earlier: the row of each of these that an earlier file has; None: its crop is among the

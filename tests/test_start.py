@@ -122,8 +122,23 @@ def test_the_recipe_keeps_its_choice(tmp_path):
     assert config["stripes"] == stripes
     expected = ("svd", 0) if kind == "frozen" else ("whiten", float(power))
     assert (config["head_init"], config["whiten_power"]) == expected
+    for measures, head in re.findall(
+        r"heads find parts: (.*)\n.*head by (.*) of the features", log
+    ):
+        values = {text[:-6]: float(text[-5:]) for text in measures.split(", ")}
+        chosen = max(values, key=values.get).replace("frozen features", "svd")
+        assert head == chosen and len(values) == 7
+    assert log.count("heads find parts") == 2 == run.out.count("heads find parts")
     again = stopped(tmp_path / "data", tmp_path / "stopped", 20, n_epoch=2, **SETTINGS)
     assert_same(resumed(again), run)
+
+
+def test_a_kind_of_head_that_is_given_stays(tmp_path):
+    write_dataset(tmp_path / "data", count=120)
+    run = trained(tmp_path / "data", tmp_path, "--head_init=pca", n_epoch=1, **SETTINGS)
+    log = (run.run / f"{run.run.name}.log").read_text()
+    assert log.count("head by pca of") == 2 and "find parts" not in log
+    assert json.loads((run.run / "config.json").read_text())["refit_power"] is None
 
 
 def test_options_that_are_given_stay(tmp_path):
