@@ -32,7 +32,7 @@ from methods import METHODS
 from models import BACKBONES, CBSwR, Pooling, build_model, check_crop_size, pooled_width
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head, head_size
-from models.start import score_starts
+from models.start import best_of, score_starts
 from recipes import add_method_options, fit_to_data, others_help, read_layers
 from utils import options
 from utils.devices import choose_device, compute_deterministically, memory_faults
@@ -171,7 +171,9 @@ class Job:
         self.training = load_split(args.data_dir, args.dataset, "training", args.image_size)
         size = self.training.image_size
         self.test = load_split(args.data_dir, args.dataset, "validation", size)
-        n_alone = check_classes(self.test.labels, self.test.is_query) if self.test.labeled else 0
+        n_alone = 0
+        if self.test.labeled:
+            n_alone = check_classes(self.test.labels, self.test.is_query)
         self.data = {"training": self.training.fingerprint(), "validation": self.test.fingerprint()}
         self.held_out = None
         if args.val_classes:
@@ -230,20 +232,20 @@ class Job:
 
         Returns what was measured, a sentence for each pooling.
         """
-        args, n_images = self.args, len(self.training)
+        args = self.args
         poolings = self.candidates()
         torch.manual_seed(args.seed)  # random weights are those of the network that is trained
         model = build_model(args.backbone, weights=args.weights, pooling=poolings[-1])
         model = model.to(self.device, memory_format=torch.channels_last)
 
         crops = center_crops(self.training, args.test_batch, args.workers, self.processes.share)
-        batches = self.shown(crops, n_images, "features for the start")
+        batches = self.shown(crops, len(self.training), "features for the start")
         pooled = pooled_features(
             model, batches, poolings, args.precision, self.processes, args.flip_eval
         )
         parts, index = self.parts_of_images(model, poolings)
         starts = self.processes.by_first(lambda: score_starts(pooled, parts, index))
-        best = max(starts, key=lambda start: start.score)
+        best = best_of(starts)
         self.pooled = pooled[best.pooling]
         args.stripes = poolings[best.pooling].options()["stripes"]
         args.head_init = best.kind
@@ -263,7 +265,8 @@ class Job:
 
         Returns features (n, N_PARTS, C) for each pooling, and the numbers (n,) of the images.
         """
-        args, share = self.args, self.processes.share
+        args = self.args
+        share = self.processes.share
         index = np.random.default_rng([args.seed, 0]).permutation(len(self.training))
         index = index[:START_IMAGES]
         batch_size = -(-args.test_batch // N_PARTS)
@@ -311,13 +314,12 @@ class Job:
         """Give the embedding head its closed form again, for the network as it is now."""
         args = self.args
         if args.refit_power != "auto":
-            power = args.whiten_power if args.refit_power is None else args.refit_power
-            self.fit_head(args.head_init, power)
+            self.fit_head(args.head_init, args.refit_power or args.whiten_power)
             return
         pooled, _ = self.features()
         parts, index = self.parts_of_images(self.model, [self.model.pooling])
         starts = self.processes.by_first(lambda: score_starts([pooled], parts, index))
-        best = max(starts, key=lambda start: start.score)
+        best = best_of(starts)
         log.info("how well heads find parts: %s", ", ".join(f"{s} {s.score:.3f}" for s in starts))
         self.fit_head(best.kind, best.power)
 

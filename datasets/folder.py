@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,19 +17,10 @@ from torch import Tensor
 from datasets.arrays import Split, beside
 from datasets.images import UnreadableError, decode_image
 from datasets.views import center_crop, read_ahead
+from utils.embeddings import KnownRows
 from utils.tables import CSV_FORMAT
 
 FILES_THAT_TELL = 20  # whether a folder is one that was embedded under another name
-
-
-class EarlierRows(Protocol):
-    """Rows that are known already, see `utils.embeddings.KnownRows`."""
-
-    def __contains__(self, path: str) -> bool: ...
-
-    def unchanged(self, path: str, entry: os.stat_result) -> tuple[str, np.ndarray] | None: ...
-
-    def of_content(self, sha256: str) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ class FileSource:
         self.paths = [os.path.abspath(path) for path in paths]
         self.image_size = image_size
         self.workers = max(1, workers)
-        self.earlier_rows: EarlierRows | None = None
+        self.earlier_rows: KnownRows | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -99,9 +89,8 @@ class FileSource:
         unreadable = []
         paths = self.paths[start:stop]
         with ThreadPoolExecutor(self.workers) as pool:
-            for path, (columns, row, square) in zip(
-                paths, pool.map(self._read, paths), strict=True
-            ):
+            images = zip(paths, pool.map(self._read, paths), strict=True)
+            for path, (columns, row, square) in images:
                 if isinstance(square, str):
                     unreadable.append((path, square))
                     continue
@@ -112,7 +101,7 @@ class FileSource:
         pixels = np.array(squares, np.uint8).reshape(-1, self.image_size, self.image_size, 3)
         return ImageBatch(torch.from_numpy(center_crop(pixels)), listed, earlier, unreadable)
 
-    def shares_images(self, earlier_rows: EarlierRows) -> bool:
+    def shares_images(self, earlier_rows: KnownRows) -> bool:
         """Return whether rows of some of the images are known; of renamed files a few tell."""
         contents = (file_hash(path) for path in self.paths[:FILES_THAT_TELL])
         return any(path in earlier_rows for path in self.paths) or any(
@@ -141,7 +130,7 @@ class ArraySource:
 
     def __init__(self, splits: Sequence[Split]) -> None:
         self.splits = splits
-        self.earlier_rows: EarlierRows | None = None  # of whole data sets no row is taken over
+        self.earlier_rows: KnownRows | None = None  # of whole data sets no row is taken over
         self.image_size = splits[0].image_size
         self.listed = [(*row, "", "", "") for split in splits for row in listed_paths(split)]
 
@@ -164,7 +153,7 @@ class ArraySource:
         pixels = torch.from_numpy(np.concatenate(parts))
         return ImageBatch(pixels, listed, [None] * len(listed), [])
 
-    def shares_images(self, earlier_rows: EarlierRows) -> bool:
+    def shares_images(self, earlier_rows: KnownRows) -> bool:
         """Return whether some of the images are listed among known rows."""
         return any(row[0] in earlier_rows for row in self.listed)
 

@@ -28,6 +28,7 @@ from utils.embeddings import open_embeddings
 from utils.errors import run_script
 from utils.files import write_json, written_whole
 from utils.options import Parser, path_name
+from utils.tables import markdown_table
 
 SMALLEST_DENSE = 5  # images of a cluster of HDBSCAN
 SILHOUETTE_ROWS = 2000
@@ -84,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = [compare(Path(file)) for file in args.embeddings]
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     write_json(f"{args.out_dir}/clusters.json", {"machine": machine(), "rows": results})
-    table = [COLUMNS, ["---"] * len(COLUMNS), *map(line_of, results)]
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in table).replace(" --- ", "---")
+    text = markdown_table([COLUMNS, *map(line_of, results)])
     with written_whole(f"{args.out_dir}/clusters.md") as beside:
         beside.write_text(text, encoding="utf-8")
     print(text, end="")

@@ -31,6 +31,7 @@ from utils.errors import run_script
 from utils.files import write_json, written_whole
 from utils.options import Parser, path_name, real, whole
 from utils.progress import progress
+from utils.tables import markdown_table
 
 SIMILARITIES = [0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99]
 
@@ -115,9 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = {"backbone": args.backbone, "weights": Path(args.weights).name, "machine": machine()}
     facts |= {"photos": rows.shape[1], "image_size": args.image_size}
     write_json(f"{stem}.json", facts | {"rows": lines})
-    table = [list(lines[0]), ["---"] * len(lines[0])]
-    table += [[f"{s:g}", *(f"{v:.1f}" for v in rest)] for s, *rest in map(dict.values, lines)]
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in table).replace(" --- ", "---")
+    table = [[f"{s:g}", *(f"{v:.1f}" for v in rest)] for s, *rest in map(dict.values, lines)]
+    text = markdown_table([list(lines[0]), *table])
     with written_whole(f"{stem}.md") as beside:
         beside.write_text(text, encoding="utf-8")
     print(text, end="")

@@ -34,7 +34,7 @@ from datasets.arrays import Split, load_split
 from datasets.views import N_PARTS, center_crops, part_crops
 from models import Pooling, build_model
 from models.closed_form import closed_form_head, head_size
-from models.start import Start, score_starts
+from models.start import Start, best_of, score_starts
 from utils.devices import choose_device
 from utils.errors import UserError, run_script
 from utils.evaluation import score, why_no_nmi
@@ -42,6 +42,7 @@ from utils.features import pooled_features
 from utils.files import check_writable, write_json, written_whole
 from utils.options import Parser, add_machine, add_precision, folder_name, path_name, whole
 from utils.progress import progress
+from utils.tables import markdown_table
 
 FIXED = Start(pooling=1, kind="whiten", power=0.6, score=0.0)
 COLUMNS = ["images to fit to", "frozen", "chosen start", "whiten 0.6 with stripes for all"]
@@ -131,7 +132,7 @@ class Features:
         pooled = [features[drawn] for features in self.train]
         parts = [features[drawn[looked_at]] for features in self.parts]
         starts = score_starts(pooled, parts, looked_at)
-        best = max(starts, key=lambda start: start.score)
+        best = best_of(starts)
         measured = [start.score for start in starts]
         scores = [self.score(self.embed(start, drawn), "not asked for") for start in starts]
         recalls = [values["recall@1"] for values in scores]
@@ -176,7 +177,7 @@ def rows_of(args: argparse.Namespace, dataset: str, halves: Sequence[Split]) -> 
 
 def table_of(rows: Sequence[dict]) -> str:
     """Return a line for each data set and number of images: R@1 / NMI, means over subsets."""
-    lines = [["data set", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
+    lines = [["data set", *COLUMNS]]
     for dataset, count in dict.fromkeys((row["dataset"], row["images"]) for row in rows):
         of_line = [row for row in rows if (row["dataset"], row["images"]) == (dataset, count)]
         cells = [cell(of_line, name) for name in ("frozen", "start", "fixed")]
@@ -185,7 +186,7 @@ def table_of(rows: Sequence[dict]) -> str:
         ranked = [value for value in ranked if value is not None]
         correlation = f"{statistics.mean(ranked):.2f}" if ranked else ""
         lines.append([dataset, str(count), *cells, chosen, correlation])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace(" --- ", "---")
+    return markdown_table(lines)
 
 
 def cell(rows: Sequence[dict], name: str) -> str:

@@ -77,3 +77,8 @@ def score_starts(pooled: Sequence[Tensor], parts: Sequence[Tensor], index: Tenso
             log_ranks = (w * mean_log_rank(embedded[:, a], embedded[:, b]) for (a, b), w in pairs)
             scores.setdefault((number, kind, power), []).append(sum(log_ranks))
     return [Start(*start, exp(-sum(ranks) / len(ranks))) for start, ranks in scores.items()]
+
+
+def best_of(starts: Sequence[Start]) -> Start:
+    """Return the start with the highest score, of equals the first."""
+    return max(starts, key=lambda start: start.score)

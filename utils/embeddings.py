@@ -133,7 +133,7 @@ class EmbeddingWriter:
         if not (overwrite or finished or part):
             self._check_free()
         goes_on = self._has_same_images(part)
-        files = [] if overwrite else [_open(p) for p in self._earlier() if self._read_same(p)]
+        files = [] if overwrite else self._earlier_files()
         if part and not goes_on:
             files.append(_open(self._parts))
         self._files = files
@@ -220,8 +220,8 @@ class EmbeddingWriter:
             raise
         return None if overwrite and not self._has_same_images(part) else part
 
-    def _earlier(self) -> list[dict[str, Path]]:
-        return [self._before, self._paths]
+    def _earlier_files(self) -> list[Embeddings]:
+        return [_open(paths) for paths in (self._before, self._paths) if self._read_same(paths)]
 
     def _set_aside(self, part: dict | None) -> None:
         """Keep an unfinished file of other images for its rows, unless an earlier one has more."""
@@ -285,17 +285,17 @@ class EmbeddingWriter:
         """Say how many images are new, changed, renamed and gone since the earlier files."""
         if not self._files:
             return ""
-        before = dict.fromkeys(zip(*_content_columns(self._files), strict=True))
+        before = set(zip(*_content_columns(self._files), strict=True))
         paths, contents = ({pair[number] for pair in before} for number in (0, 1))
         now = set(zip(*_content_columns([_open(self._parts)]), strict=True))
         kinds = dict.fromkeys(("new", "changed", "renamed or copied", "kept", "gone"), 0)
-        for path, content in now - before.keys():
+        for path, content in now - before:
             if path in paths:
                 kinds["changed"] += 1
             else:
                 is_copy = content != "" and content in contents
                 kinds["renamed or copied" if is_copy else "new"] += 1
-        kinds["kept"] = len(now & before.keys())
+        kinds["kept"] = len(now & before)
         paths_now, contents_now = ({pair[number] for pair in now} for number in (0, 1))
         kinds["gone"] = sum(
             path not in paths_now and content not in contents_now for path, content in before

@@ -23,6 +23,12 @@ RECALL_QUERIES = 1000
 BLOCK = 1 << 16  # rows
 
 
+def check_faiss() -> None:
+    """Raise UserError if faiss is not installed."""
+    if faiss is None:
+        raise UserError("the search needs faiss; pip install faiss-cpu")
+
+
 class Index:
     """Finds the rows that are nearest to queries, by Euclidean distance.
 
@@ -53,8 +59,7 @@ class Index:
 
         Raises UserError if faiss is not installed, or does not know the kind.
         """
-        if faiss is None:
-            raise UserError("the search needs faiss; pip install faiss-cpu")
+        check_faiss()
         self.rows = rows
         self.kind = kind
         self.seed = seed

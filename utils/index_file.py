@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.files import written_whole
-from utils.index import Index, faiss
+from utils.index import Index, check_faiss, faiss
 
 MOST_GONE = 0.1  # share of the places whose rows are gone, from which on it is built anew
 
@@ -84,8 +84,7 @@ def _places(old_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 def _read(file: Path) -> tuple[np.ndarray, dict, Any]:
     """Return the keys of the places, the facts, and the index, memory-mapped."""
-    if faiss is None:
-        raise UserError("the search needs faiss; pip install faiss-cpu")
+    check_faiss()
     try:
         with np.load(f"{file}.npz", allow_pickle=False) as content:
             facts = json.loads(str(content["facts"]))

@@ -1,4 +1,4 @@
-"""CSV tables: written so that every file name can be read again, read as people write them."""
+"""Tables: CSV that keeps every file name, CSV as people write it, and Markdown."""
 
 from __future__ import annotations
 
@@ -53,3 +53,10 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[st
 def clean(name: str) -> str:
     """Return a name without blanks and invisible characters at its ends, in Unicode's NFC."""
     return unicodedata.normalize("NFC", name.strip().strip(INVISIBLE).strip())
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as Markdown, the first one as the head."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return rows.replace(" --- ", "---")
