@@ -294,8 +294,13 @@ def test_unreadable_images(photos, checkpoint, tmp_path):
     out = tmp_path / "e.npy"
     command = ["--images", photos, "--checkpoint_path", checkpoint, "--out", out]
     failed(embed(*command), damaged, "is not an image", "--skip_bad")
+    whole = Image.new("RGB", (40, 30), "red")
+    whole.save(damaged)
+    assert embed(*command).code == 0  # nothing was embedded before, and the image is mended
+    damaged.write_text("no image")
     result = embed(*command, "--skip_bad", "--test_batch", 1)
     assert result.code == 0 and "1 unreadable images are left out" in result.out
+    assert "11 kept, 1 gone" in result.out
     assert "1 unreadable images" in embed(*command, "--skip_bad").out  # tried again
     rows, columns, facts = open_embeddings(out)
     assert list(columns["path"]) == [str(path) for path in find_images(photos) if path != damaged]

@@ -136,7 +136,7 @@ class EmbeddingWriter:
         files = [] if overwrite else self._earlier_files()
         if part and not goes_on:
             files.append(_open(self._parts))
-        self._files = files
+        self._files = files = [file for file in files if len(file.rows)]
         self.earlier_rows = KnownRows(files)
         if files and not shares(self.earlier_rows):
             raise UserError(f"{self._paths['npy']}: is of other images; {ADVICE}")
