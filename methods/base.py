@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.clustering import kmeans
+from utils.clustering import approximate_kmeans, kmeans
 from utils.distributed import ALONE, Processes
 from utils.errors import UserError
 from utils.features import network_autocast
+from utils.index import approximate_neighbors, faiss
 from utils.retrieval import nearest_neighbors
 
 KMEANS_ITERATIONS = 50  # of pseudo-labels, from one start: they are made anew in each epoch
+MOST_DISTANCES = 10**8  # images * clusters of an iteration; for more, k-means is approximate
+EXACT_UP_TO = 100_000  # images whose neighbors are found exactly on a CPU
 
 # () -> pooled features (N, C) and embeddings (N, D) of all training images, on the CPU
 Features = Callable[[], tuple[Tensor, Tensor]]
@@ -139,24 +143,33 @@ class Method(nn.Module):
         return F.normalize(space, dim=1).to(self.device)
 
     def mine(self, space: Tensor, count: int) -> Tensor:
-        """Find the `count` nearest neighbors of each image in features (N, C): (N, count)."""
-        memory_mb = self.options.eval_memory_mb
-        return self.processes.by_first(
-            lambda: nearest_neighbors(space, count, memory_mb=memory_mb)[1].cpu()
-        )
+        """Find the `count` nearest neighbors of each image in features (N, C): (N, count).
+
+        On a CPU those of more than EXACT_UP_TO images are found approximately, if faiss is there.
+        """
+
+        def work() -> Tensor:
+            if space.is_cuda or len(space) <= EXACT_UP_TO or faiss is None:
+                memory_mb = self.options.eval_memory_mb
+                return nearest_neighbors(space, count, memory_mb=memory_mb)[1].cpu()
+            return torch.from_numpy(approximate_neighbors(space.numpy(), count))
+
+        return self.processes.by_first(work)
 
     def cluster(self, space: Tensor, n_cluster: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Cluster features (N, C) by k-means: pseudo-labels (N,) and centroids (K, C), on the CPU.
 
+        Many images in many clusters are clustered approximately, if faiss is there.
+
         Raises UserError for more clusters than images.
         """
+        is_large = len(space) * n_cluster > MOST_DISTANCES and faiss is not None
+        clustered = approximate_kmeans if is_large else partial(kmeans, n_init=1)
 
         def work() -> tuple[Tensor, Tensor]:
             seed = self.options.seed + epoch
-            labels, centroids, _ = kmeans(
-                space, n_cluster, n_init=1, max_iter=KMEANS_ITERATIONS, seed=seed
-            )
-            return labels.cpu(), centroids.cpu()
+            result = clustered(space, n_cluster, max_iter=KMEANS_ITERATIONS, seed=seed)
+            return result[0].cpu(), result[1].cpu()
 
         return self.processes.by_first(work)
 

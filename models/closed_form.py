@@ -11,6 +11,7 @@ from utils.errors import UserError
 
 HEADS = ("svd", "pca", "whiten")
 FLOOR = 1e-15  # of all variances, as a share of the mean square length: that of rounding
+BLOCK = 1 << 16  # features that are held in double precision
 RIDGE = 0.1  # added to all variances, as a share of their mean: few images underestimate small ones
 
 
@@ -31,10 +32,13 @@ class Spectrum:
     @staticmethod
     def of(pooled: Tensor, centered: bool = True) -> Spectrum:
         """Compute the spectrum of features (N, C), around their mean or around zero."""
-        x = pooled.double().cpu()
-        mean = x.mean(0) if centered else torch.zeros_like(x[0])
-        x = x - mean
-        variances, directions = torch.linalg.eigh(x.T @ x / len(x))  # ascending
+        blocks = pooled.split(BLOCK)
+        mean = torch.zeros(pooled.shape[1], dtype=torch.float64)
+        if centered:
+            mean = sum(block.double().cpu().sum(0) for block in blocks) / len(pooled)
+        centered_blocks = (block.double().cpu() - mean for block in blocks)
+        squares = sum(block.T @ block for block in centered_blocks)
+        variances, directions = torch.linalg.eigh(squares / len(pooled))  # ascending
         return Spectrum(mean, variances.clamp(min=0).flip(0), directions.T.flip(0))
 
     def head(self, low_dim: int, power: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from utils.metrics import mean_log_rank
 POWERS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)
 FEWEST = 100  # images that can judge; fewer keep the frozen features
 FOLDS = 4
+MOST_FITTED = 50_000  # images that a judged head is fitted to
 PAIRS = {(0, 1): 2 / 3, (2, 3): 1 / 3}  # of parts (datasets.views.part_crops), and their weights
 
 
@@ -67,7 +68,7 @@ def score_starts(pooled: Sequence[Tensor], parts: Sequence[Tensor], index: Tenso
     for number, fold in product(range(len(pooled)), folds.unique()):
         fitted_to = torch.ones(len(pooled[number]), dtype=torch.bool)
         fitted_to[index[folds == fold]] = False
-        features = pooled[number][fitted_to]
+        features = pooled[number][_thinned(fitted_to.nonzero().flatten(), MOST_FITTED)]
         held_out = parts[number][folds == fold]
         spectra = {"svd": Spectrum.of(features, centered=False), "whiten": Spectrum.of(features)}
         for kind, power in heads:
@@ -77,6 +78,11 @@ def score_starts(pooled: Sequence[Tensor], parts: Sequence[Tensor], index: Tenso
             log_ranks = (w * mean_log_rank(embedded[:, a], embedded[:, b]) for (a, b), w in pairs)
             scores.setdefault((number, kind, power), []).append(sum(log_ranks))
     return [Start(*start, exp(-sum(ranks) / len(ranks))) for start, ranks in scores.items()]
+
+
+def _thinned(index: Tensor, most: int) -> Tensor:
+    """Return at most so many of some numbers (n,), evenly spaced."""
+    return index[:: -(-len(index) // most)]
 
 
 def best_of(starts: Sequence[Start]) -> Start:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, decode, kmeans, recall, tables, train_step
+from benchmarks import compare, decode, kmeans, recall, scale, tables, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         (recall, ["ours", "faiss IndexFlatL2, k=9"]),
         (kmeans, ["faiss, 10 starts", "sklearn, 10 starts"]),
+        (scale, list(scale.WAYS)),
         (decode, ["this project", "Pillow, torchvision's Resize"]),
         pytest.param(train_step, ["ours, fp32", "ours, bf16"], marks=pytest.mark.slow),
     ],

@@ -8,6 +8,7 @@ import torch
 from tensors import noise
 from torch.nn import functional as F
 
+from models import closed_form
 from models.closed_form import RIDGE, closed_form_head
 from utils.errors import UserError
 
@@ -58,3 +59,13 @@ def test_fewer_images_than_dimensions():
     assert torch.linalg.matrix_rank(weight) == 8  # directions in which no image varies count, too
     with pytest.raises(UserError, match="9 numbers, fewer than the 10 dimensions"):
         closed_form_head(x, 10, "pca")
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_a_spectrum_is_computed_in_blocks(monkeypatch, centered):
+    x = noise(50, 7) + 1
+    whole = closed_form.Spectrum.of(x, centered)
+    monkeypatch.setattr(closed_form, "BLOCK", 16)
+    in_blocks = closed_form.Spectrum.of(x, centered)
+    for value, expected in zip(vars(in_blocks).values(), vars(whole).values(), strict=True):
+        torch.testing.assert_close(value.abs(), expected.abs(), rtol=1e-9, atol=1e-12)

@@ -8,7 +8,7 @@ import torch
 from tensors import noise
 
 from utils import clustering
-from utils.clustering import kmeans, pick_engine
+from utils.clustering import approximate_kmeans, kmeans, pick_engine
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,3 +111,26 @@ def test_engines(monkeypatch):
 def test_refused(features, k, engine, message):
     with pytest.raises(ValueError, match=message):
         kmeans(features, k, engine=engine)
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy])
+def test_approximate_clusters_are_nearly_as_good(make):
+    features = gaussians(3000, 16, 40, 1.0)
+    assignments, centroids, inertia = approximate_kmeans(make(features), 500, max_iter=50, seed=2)
+    again = approximate_kmeans(make(features), 500, max_iter=50, seed=2)
+    assert type(assignments) is type(centroids) is type(make(features))
+    assert np.array_equal(assignments, again[0]) and np.array_equal(centroids, again[1])
+    literal = np.square(features - np.asarray(centroids)[np.asarray(assignments)]).sum()
+    assert inertia == pytest.approx(literal, rel=1e-4)
+    exact = kmeans(features, 500, n_init=1, max_iter=50, seed=2)[2]
+    assert exact < inertia < 1.05 * exact
+
+
+@pytest.mark.parametrize("k", [1, 2, 39, 40])
+def test_approximate_clusters_at_the_limits(k):
+    features = np.repeat(gaussians(4, 3, 4, 1.0), 10, 0)  # ten of each
+    assignments, centroids, _ = approximate_kmeans(features, k, seed=1)
+    assert assignments.shape == (40,) and centroids.shape == (k, 3)
+    assert assignments.min() >= 0 and assignments.max() < k and np.isfinite(centroids).all()
+    with pytest.raises(UserError, match="cannot make 41 clusters of 40 images"):
+        approximate_kmeans(features, 41)

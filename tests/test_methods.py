@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import losses
 import train
-from methods import METHODS, Method
+from methods import METHODS, Method, base
 from methods.supervised import same_class
 from models import build_model
 from recipes import fit_to_data
@@ -132,6 +132,24 @@ def test_a_head_in_closed_form_compares_embeddings():
 
 
 # ---------------------------------------------------------------- deep clustering
+
+
+def test_many_images_are_clustered_and_searched_approximately(monkeypatch):
+    method = make("best", "--cluster_sizes=2", "--target_neighbors=2")
+    features = features_of(method)
+    monkeypatch.setattr(base, "MOST_DISTANCES", N_IMAGES * 5)
+    monkeypatch.setattr(base, "EXACT_UP_TO", N_IMAGES - 1)
+    labels, centers = method.cluster(features[1], 6, epoch=1)
+    monkeypatch.setattr(base, "kmeans", None)  # is not asked again
+    monkeypatch.setattr(base, "nearest_neighbors", None)
+    again = method.cluster(features[1], 6, epoch=1)
+    assert torch.equal(again[0], labels) and torch.equal(again[1], centers)
+    assert set(labels.tolist()) <= set(range(6)) and len(labels) == N_IMAGES
+    neighbors = method.mine(features[1].float(), 2)
+    assert neighbors.shape == (N_IMAGES, 2)
+    expected = nearest(features[1].float(), 2)
+    assert (neighbors.sort(1).values == expected.sort(1).values).all()
+    method.begin_epoch(1, lambda: features)
 
 
 def test_soft_centers_remembers_the_start_of_the_epoch():

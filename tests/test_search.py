@@ -16,7 +16,7 @@ import utils.index
 from datasets.images import find_images
 from reports.sheets import FONTS, TILE, name_lines, thumbnail
 from utils.errors import UserError
-from utils.index import Index
+from utils.index import Index, approximate_neighbors, nearest_exactly
 
 PNG = "photos/cat/deep/01.png"
 
@@ -153,6 +153,20 @@ def test_recall_of_an_approximate_index(kind):
         good.search(rows[:7], 4), Index(rows).search(rows[:7], 4), strict=True
     ):
         assert np.array_equal(values, expected)
+
+
+def test_approximate_neighbors():
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((40, 8))[rng.integers(0, 40, 3000)]
+    rows = (centers + 0.3 * rng.standard_normal((3000, 8))).astype(np.float32)
+    rows[7] = rows[8]  # twins
+    numbers = approximate_neighbors(rows, 4)
+    assert (numbers != np.arange(3000)[:, None]).all()
+    expected = nearest_exactly(rows, rows, 5)[:, 1:]
+    shared = [len(set(a) & set(b)) for a, b in zip(numbers, expected, strict=True)]
+    assert sum(shared) > 0.97 * 4 * 3000
+    few = approximate_neighbors(np.repeat(rows[:20], 10, 0), 30, nprobe=1)
+    assert few.shape == (200, 30) and few.min() >= 0  # where a cell holds no more: the row itself
 
 
 def test_approximate_search(folder):

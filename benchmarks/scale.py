@@ -1,0 +1,121 @@
+"""Clusters and neighbors of a training at growing numbers of images: time, memory and quality.
+
+    python benchmarks/scale.py --embeddings photos.npy --sizes 10000 100000 1000000
+
+The rows of the file are repeated with noise until there are as many as asked. Each way runs in a
+process of its own. As in `--recipe best`, there is a cluster for each six images, and four
+neighbors for each image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
+
+from benchmarks import paired
+from methods.base import EXACT_UP_TO, KMEANS_ITERATIONS
+from utils.clustering import approximate_kmeans, kmeans
+from utils.errors import run_script
+from utils.index import approximate_neighbors, nearest_exactly
+from utils.options import path_name, whole
+from utils.retrieval import nearest_neighbors
+
+CLUSTER_SIZE = 6  # images
+N_NEIGHBORS = 4
+NOISE = 0.3  # length of what is added to a row of unit length
+DIRECT_UP_TO = 20_000  # images that are clustered directly, too
+N_QUERIES = 1000  # of the recall
+WAYS = ("clusters, direct", "clusters, approximate", "neighbors, exact", "neighbors, approximate")
+TINY = (600, 16, 50)  # rows, columns, classes
+
+
+def many_rows(source: str | None, count: int) -> np.ndarray:
+    """Return unit vectors (count, D): those of a file, repeated with noise, or drawn ones."""
+    if source is None:
+        return paired.clustered_vectors(count, *TINY[1:])[0]
+    stored = np.load(source, mmap_mode="r")
+    rng = np.random.default_rng(0)
+    rows = np.empty((count, stored.shape[1]), np.float32)
+    for start in range(0, count, len(stored)):
+        part = rows[start : start + len(stored)]
+        part[:] = stored[: len(part)]
+        noise = rng.standard_normal(part.shape, dtype=np.float32)
+        part += NOISE / np.sqrt(part.shape[1]) * noise
+        part /= np.linalg.norm(part, axis=1, keepdims=True)
+    return rows
+
+
+def measure(way: str, source: str | None, count: int) -> dict[str, float]:
+    """Go one way: seconds, the memory in MiB beside the rows, and the quality of the result."""
+    rows = many_rows(source, count)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    k = count // CLUSTER_SIZE
+    result: np.ndarray
+    if way == "clusters, direct":
+        labels, centroids, _ = kmeans(rows, k, n_init=1, max_iter=KMEANS_ITERATIONS)
+    elif way == "clusters, approximate":
+        labels, centroids, _ = approximate_kmeans(rows, k, max_iter=KMEANS_ITERATIONS)
+    elif way == "neighbors, exact":
+        result = nearest_neighbors(torch.from_numpy(rows), N_NEIGHBORS)[1].numpy()
+    else:
+        result = approximate_neighbors(rows, N_NEIGHBORS)
+    seconds = time.perf_counter() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    measured = {"seconds": seconds, "memory_mb": memory / 1024}
+    if way.startswith("clusters"):
+        blocks = np.array_split(np.arange(count), 1 + count // 10_000)
+        squares = (np.square(rows[b] - centroids[labels[b]]).sum(dtype=np.float64) for b in blocks)
+        return measured | {"inertia": sum(squares) / count}
+    drawn = np.random.default_rng(1).permutation(count)[:N_QUERIES]
+    expected = nearest_exactly(rows, rows[drawn], N_NEIGHBORS + 1)
+    n_hits = 0
+    for query, numbers in zip(drawn, expected, strict=True):
+        n_hits += len((set(numbers) - {query}) & set(result[query]))
+    return measured | {"recall": n_hits / (N_NEIGHBORS * len(drawn))}
+
+
+def compare(options: argparse.Namespace, count: int) -> dict[str, Any]:
+    """Go each way several times, each time in a new process."""
+    ways = {}
+    for way in WAYS:
+        if count > {WAYS[0]: DIRECT_UP_TO, WAYS[2]: EXACT_UP_TO}.get(way, count):
+            continue
+        turns = []
+        for _ in range(options.repeats):
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, context) as alone:
+                turns.append(alone.submit(measure, way, options.embeddings, count).result())
+        figures = {name: turns[0][name] for name in turns[0] if name != "seconds"}
+        ways[way] = paired.summary([turn["seconds"] for turn in turns]) | figures
+    return {"ways": ways}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure at each size, and write the result."""
+    parser = paired.make_parser("scale", "Clusters and neighbors at growing numbers of images.")
+    add = parser.add_argument
+    add("--embeddings", type=path_name, metavar="FILE.npy", help="of embed.py (default: drawn)")
+    add("--sizes", type=whole(100), nargs="+", default=[10_000, 100_000], help="images")
+    options = parser.parse(list(argv or sys.argv[1:]))
+    sizes = [TINY[0]] if options.tiny else options.sizes
+    result: dict[str, Any] = {"data": "rows of a file" if options.embeddings else "drawn rows"}
+    for count in sizes:
+        result[f"{count:,} images"] = compare(options, count)
+    paired.write(result, options)
+
+
+if __name__ == "__main__":
+    run_script(main)
