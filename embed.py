@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from datasets.arrays import DEFAULT_IMAGE_SIZE, SMALLEST_IMAGE_SIZE, load_split
 from datasets.folder import ArraySource, FileSource, ImageBatch, batches_of
@@ -17,8 +19,17 @@ from datasets.views import crop_size
 from embedder import Embedder
 from models import BACKBONES, Pooling, check_crop_size
 from models.export import export_onnx
-from utils.embeddings import EmbeddingWriter, count_alike
+from utils.devices import choose_device
+from utils.distributed import Processes, joined
+from utils.embeddings import (
+    EmbeddingWriter,
+    count_alike,
+    remove_embeddings,
+    shard_of,
+    shards_there,
+)
 from utils.errors import UserError, run_script
+from utils.files import Lock
 from utils.options import (
     LARGEST_SEED,
     Parser,
@@ -39,6 +50,7 @@ from utils.signals import Stopped, StopRequest
 
 GOES_WITH = {
     "skip_bad": "images",
+    "shard": "images",
     "split": "dataset",
     "data_dir": "dataset",
     "weights": "backbone",
@@ -54,6 +66,14 @@ GOES_WITH = {
 SPLITS = ("all", "training", "validation")
 MANY_ALIKE = 0.1  # share of images that show the same, worth a remark
 MOST_NAMED = 3  # unreadable images that an error names
+
+
+def shard_number(text: str) -> tuple[int, int]:
+    """Argparse type: I/N, as a number from 0 and a count."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N, such as 1/4 to 4/4, not {text!r}")
+    return int(number) - 1, int(count)
 
 
 def make_parser() -> Parser:
@@ -97,6 +117,8 @@ def make_parser() -> Parser:
     )
     add("--half", action="store_true", help="float16 instead of float32")
     add("--overwrite", action="store_true", help="begin anew if a file of that name is there")
+    text = "embed part I of N alone, from 1; when all are done, the command without it joins them"
+    add("--shard", type=shard_number, metavar="I/N", help=text)
     add_precision(add_machine(parser, neighbors=False, workers=usable_cores()))
     return parser
 
@@ -108,6 +130,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, needed in GOES_WITH.items():
         if name in args.given and getattr(args, needed) is None:
             parser.error(f"--{name} goes with --{needed}")
+    if args.images is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("torchrun goes with --images")
     if (args.out is None) == (args.onnx is None):
         parser.error("give --out FILE.npy with images, or --onnx FILE.onnx without")
     return args
@@ -117,20 +141,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Embed the images, or write the network."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     allow_pixels(args.max_pixels)
-    with StopRequest() as stop:
+    with StopRequest() as stop, joined() as processes:
         if args.onnx:
             with stop.at_once():
                 export(args)
             return 0
         try:
-            embed(args, stop)
+            embed(args, stop, processes)
         except Stopped as stopped:
             print(f"{stopped}; what is embedded is kept, the same command goes on from there")
             return stopped.status
     return 0
 
 
-def load_embedder(args: argparse.Namespace, device: str) -> Embedder:
+def load_embedder(args: argparse.Namespace, device: torch.device) -> Embedder:
     """Load the network that the options name."""
     return Embedder(
         args.checkpoint_path or args.backbone,
@@ -147,7 +171,7 @@ def load_embedder(args: argparse.Namespace, device: str) -> Embedder:
 
 def export(args: argparse.Namespace) -> None:
     """Write the network as ONNX, and say what the file takes and gives."""
-    embedder = load_embedder(args, "cpu")
+    embedder = load_embedder(args, torch.device("cpu"))
     size = embedder.image_size
     crop = crop_size(size)
     export_onnx(embedder.model, args.onnx, crop, embedder.features, embedder.flip)
@@ -158,20 +182,55 @@ def export(args: argparse.Namespace) -> None:
     )
 
 
-def embed(args: argparse.Namespace, stop: StopRequest) -> None:
-    """Embed all images, in batches that are appended to the file."""
+def embed(args: argparse.Namespace, stop: StopRequest, processes: Processes) -> None:
+    """Embed all images; or a shard of them; or, of several processes, each its shard, then join."""
     with stop.at_once():
-        embedder = load_embedder(args, args.device)
+        embedder = load_embedder(args, choose_device(args.device, processes))
         source = open_source(args, embedder.image_size)
         check_crop_size(embedder.model.backbone_name, crop_size(source.image_size))
+    out = Path(args.out)
+    shard = args.shard or (processes.share if processes.count > 1 else None)
+    if shard:
+        earlier = [] if args.overwrite else [out]
+        part = source.part(*shard, args.test_batch)
+        write(args, embedder, part, shard_of(out, *shard), earlier, stop)
+        processes.largest(0)  # until all shards are done
+    if args.shard or not processes.is_first:
+        return
+    shards = shards_there(out)
+    with ExitStack() as locks:
+        for file in shards:
+            locks.callback(Lock(file).release)
+        write(args, embedder, source, out, shards, stop)
+        for file in shards:
+            remove_embeddings(file)
+    rows = np.load(out, mmap_mode="r")
+    n_alike = count_alike(rows)
+    if n_alike > MANY_ALIKE * len(rows):
+        print(f"{n_alike} images have the embedding of another one; do they show anything?")
+
+
+def write(
+    args: argparse.Namespace,
+    embedder: Embedder,
+    source: FileSource | ArraySource,
+    out: Path,
+    others: Sequence[Path],
+    stop: StopRequest,
+) -> None:
+    """Embed the images of a source that no file has yet, in batches that are appended to `out`.
+
+    others: files of other names that may have some of the rows.
+    """
+    with stop.at_once():
         facts = embedder.facts | embedder.location | source.facts()
         facts["dtype"] = "float16" if args.half else "float32"
-        writer = EmbeddingWriter(Path(args.out), facts, args.overwrite, source.shares_images)
+        writer = EmbeddingWriter(out, facts, args.overwrite, source.shares_images, others)
     if writer.complete:
-        print(f"{args.out}: is complete already, {writer.rows} rows")
+        print(f"{out}: is complete already, {writer.rows} rows")
         return
     if writer.images:
-        print(f"{args.out}: going on after {writer.images} of {len(source)} images")
+        print(f"{out}: going on after {writer.images} of {len(source)} images")
     source.earlier_rows = writer.earlier_rows
     batches = batches_of(source, args.test_batch, writer.images)
     n_batches = (len(source) - writer.images) / args.test_batch
@@ -183,21 +242,18 @@ def embed(args: argparse.Namespace, stop: StopRequest) -> None:
                 crops.rows(embedder.embed_crops, embedder.dimension), crops.listed, crops.unreadable
             )
             stop.check()
-        if writer.rows == 0:
+        if writer.rows == 0 and out == Path(args.out):
             writer.discard()
             raise UserError(f"{args.images}: none of its images can be read")
         changes = writer.finish()
     if changes:
-        print(f"{args.out}: {changes}")
+        print(f"{out}: {changes}")
     print(
-        f"{args.out}: {writer.rows} rows of {embedder.dimension}, {facts['dtype']}, "
+        f"{out}: {writer.rows} rows of {embedder.dimension}, {facts['dtype']}, "
         f"{embedder.features} of {facts['backbone']} at {source.image_size} px"
     )
     if writer.unreadable:
         print(f"{len(writer.unreadable)} unreadable images are left out, see the .json")
-    n_alike = count_alike(np.load(args.out, mmap_mode="r"))
-    if n_alike > MANY_ALIKE * writer.rows:
-        print(f"{n_alike} images have the embedding of another one; do they show anything?")
 
 
 def open_source(args: argparse.Namespace, image_size: int) -> FileSource | ArraySource:

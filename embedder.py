@@ -73,7 +73,8 @@ class Embedder:
         checkpoint, backbone = source, None
         if source in BACKBONES or source.startswith(TIMM_PREFIX):
             checkpoint, backbone = None, source
-        device = choose_device(str(device))
+        if isinstance(device, str):
+            device = choose_device(device)
         with torch.random.fork_rng():  # the caller's random numbers stay as they were
             torch.manual_seed(seed)
             network = load_network(device, checkpoint, backbone, weights, pooling, dim)

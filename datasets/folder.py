@@ -101,6 +101,12 @@ class FileSource:
         pixels = np.array(squares, np.uint8).reshape(-1, self.image_size, self.image_size, 3)
         return ImageBatch(torch.from_numpy(center_crop(pixels)), listed, earlier, unreadable)
 
+    def part(self, number: int, count: int, batch_size: int) -> FileSource:
+        """Return part `number` (from 0) of `count`, of whole batches, as a source of its own."""
+        n_batches = -(-len(self) // batch_size)
+        start, stop = (batch_size * (n_batches * n // count) for n in (number, number + 1))
+        return FileSource(self.paths[start:stop], self.image_size, self.workers)
+
     def shares_images(self, earlier_rows: KnownRows) -> bool:
         """Return whether rows of some of the images are known; of renamed files a few tell."""
         contents = (file_hash(path) for path in self.paths[:FILES_THAT_TELL])

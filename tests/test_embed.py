@@ -135,7 +135,7 @@ def test_stopped_it_goes_on_to_the_same_files(photos, checkpoint, tmp_path, monk
 
     def check(self: StopRequest) -> None:
         calls.append(self)
-        if len(calls) == 5:  # two at the ends of the loading, then one for each batch
+        if len(calls) == 7:  # two at the ends of both loadings, then one for each batch
             raise Stopped(2)
 
     with monkeypatch.context() as patch:

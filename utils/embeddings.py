@@ -4,12 +4,14 @@
 facts: what was embedded, and by which network. Until everything is embedded the three names end in
 `.part`, and `FILE.json.part` says how much of the other two files is safe on the disk. An earlier
 file, and an unfinished one of a folder that has changed since (`.before`), give the rows of images
-that are still there.
+that are still there. So do the shards, `FILE.shard-1-of-4.npy` and so on, which several processes
+write: files of a part of the images.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import os
 import time
@@ -96,6 +98,7 @@ class EmbeddingWriter:
         facts: dict,
         overwrite: bool = False,
         shares: Callable[[KnownRows], bool] = lambda rows: True,
+        others: Sequence[Path] = (),
     ) -> None:
         """Open the files.
 
@@ -103,6 +106,7 @@ class EmbeddingWriter:
             facts: content of `FILE.json`, with `dimension` D and `dtype` of the rows.
             overwrite: replace what is there; only an unfinished file of the same is gone on with.
             shares: whether some images are among those of earlier files.
+            others: files whose rows are known, too, be they finished or not.
 
         Raises UserError if a file of another network or of other images is there, or another
         process is writing it.
@@ -114,12 +118,14 @@ class EmbeddingWriter:
         self._dtype = np.dtype(facts["dtype"]).newbyteorder("<")
         self._lock = Lock(file)
         try:
-            self._decide(overwrite, shares)
+            self._decide(overwrite, shares, others)
         except BaseException:
             self._lock.release()
             raise
 
-    def _decide(self, overwrite: bool, shares: Callable[[KnownRows], bool]) -> None:
+    def _decide(
+        self, overwrite: bool, shares: Callable[[KnownRows], bool], others: Sequence[Path]
+    ) -> None:
         """Look at what is there, and open what is to be written."""
         if not overwrite:
             self._take_back()
@@ -137,9 +143,9 @@ class EmbeddingWriter:
         if part and not goes_on:
             files.append(_open(self._parts))
         self._files = files = [file for file in files if len(file.rows)]
-        self.earlier_rows = KnownRows(files)
-        if files and not shares(self.earlier_rows):
+        if files and not shares(KnownRows(files)):
             raise UserError(f"{self._paths['npy']}: is of other images; {ADVICE}")
+        self.earlier_rows = KnownRows([*files, *self._open_others(others)])
         if not goes_on:
             self._set_aside(part)
             part = None
@@ -222,6 +228,10 @@ class EmbeddingWriter:
 
     def _earlier_files(self) -> list[Embeddings]:
         return [_open(paths) for paths in (self._before, self._paths) if self._read_same(paths)]
+
+    def _open_others(self, files: Sequence[Path]) -> list[Embeddings]:
+        places = [_paths_of(file, ending) for file in files for ending in ("", ".part")]
+        return [_open(paths) for paths in places if self._read_same(paths)]
 
     def _set_aside(self, part: dict | None) -> None:
         """Keep an unfinished file of other images for its rows, unless an earlier one has more."""
@@ -331,6 +341,25 @@ def _content_columns(files: Sequence[Embeddings]) -> tuple[list[str], list[str]]
     paths = [path for file in files for path in file.columns["path"]]
     contents = [file.columns.get("sha256", [""] * len(file.rows)) for file in files]
     return paths, [content for column in contents for content in column]
+
+
+def shard_of(file: Path, number: int, count: int) -> Path:
+    """Return the name of shard `number` (from 0) of `count` of a file of embeddings."""
+    return file.with_name(f"{file.stem}.shard-{number + 1}-of-{count}.npy")
+
+
+def shards_there(file: Path) -> list[Path]:
+    """Return the shards of a file of embeddings that are there, finished or not."""
+    json_files = file.parent.glob(f"{glob.escape(file.stem)}.shard-*-of-*.json*")
+    names = {path.name.partition(".json")[0] for path in json_files}
+    return sorted(file.with_name(f"{name}.npy") for name in names)
+
+
+def remove_embeddings(file: Path) -> None:
+    """Remove the three files, finished or not."""
+    for ending in ("", ".part", ".before"):
+        for path in _paths_of(file, ending).values():
+            path.unlink(missing_ok=True)
 
 
 def open_embeddings(file: Path) -> Embeddings:

@@ -1,0 +1,122 @@
+"""Embeddings by several processes: what they write is what one process writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from photos import make_photos, save_network
+from scripts import Outcome, failed, run_in_process
+
+from embedder import Embedder
+from utils.files import Lock
+from utils.signals import Stopped, StopRequest
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Twelve photos, a network, and the embeddings that one process makes."""
+    folder = tmp_path_factory.mktemp("shards")
+    make_photos(folder / "photos")
+    save_network(folder / "net.pth")
+    assert embed(folder, folder / "whole.npy").code == 0
+    return folder
+
+
+def options(made: Path, out: Path) -> list[object]:
+    network = ["--checkpoint_path", made / "net.pth", "--device", "cpu", "--test_batch", 2]
+    return ["--images", made / "photos", "--out", out, *network]
+
+
+def embed(made: Path, out: Path, *words: object) -> Outcome:
+    return run_in_process("embed.py", *options(made, out), *words)
+
+
+def assert_as_one_process(made: Path, out: Path) -> None:
+    """The three files are those of one process, bit for bit, and nothing else is left."""
+    for kind in ("npy", "csv", "json"):
+        expected = (made / "whole.npy").with_suffix(f".{kind}").read_bytes()
+        assert out.with_suffix(f".{kind}").read_bytes() == expected
+    assert sorted(path.name for path in out.parent.iterdir()) == ["e.csv", "e.json", "e.npy"]
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> None:
+    """Fail when an image goes through the network."""
+    monkeypatch.setattr(Embedder, "embed_crops", None)
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_shards_are_joined(made, tmp_path, monkeypatch, count):
+    out = tmp_path / "e.npy"
+    for number in range(count, 0, -1):  # in any order
+        assert embed(made, out, "--shard", f"{number}/{count}").code == 0
+    monkeypatch.setattr(Embedder, "embed_crops", None)  # all rows are known
+    assert embed(made, out).code == 0
+    assert_as_one_process(made, out)
+
+
+def test_processes_join_their_shards(made, tmp_path, forks):
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out/e.npy"
+    done = forks.run(*options(made, out), script="embed.py", processes=2)
+    assert done.code == 0, done.err
+    assert "e.shard-1-of-2.npy: 6 rows" in done.out and "e.npy: 12 rows" in done.out
+    assert_as_one_process(made, out)
+
+
+def test_a_stopped_shard_goes_on(made, tmp_path, monkeypatch):
+    calls = []
+
+    def check(self: StopRequest) -> None:
+        calls.append(self)
+        if len(calls) == 6:  # two at the ends of both loadings, then one for each batch
+            raise Stopped(15)
+
+    out = tmp_path / "e.npy"
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "check", check)
+        assert embed(made, out, "--shard", "1/2").code == 143
+    assert "going on after 4 of 6 images" in embed(made, out, "--shard", "1/2").out
+    assert "e.shard-1-of-2.npy: is complete already" in embed(made, out, "--shard", "1/2").out
+    assert embed(made, out).code == 0  # the other half is embedded now
+    assert_as_one_process(made, out)
+
+
+def test_shards_of_another_count_and_an_earlier_file_are_taken_over(made, tmp_path, no_network):
+    out = tmp_path / "e.npy"
+    for kind in ("npy", "csv"):
+        shutil.copy((made / "whole.npy").with_suffix(f".{kind}"), out.with_suffix(f".{kind}"))
+    facts = json.loads((made / "whole.json").read_text())
+    out.with_suffix(".json").write_text(json.dumps(facts | {"source": "before a photo was added"}))
+    result = embed(made, out, "--shard", "2/3")
+    assert result.code == 0 and "e.shard-2-of-3.npy: 4 rows" in result.out
+    result = embed(made, out)
+    assert result.code == 0 and "e.npy: 12 kept" in result.out
+    assert_as_one_process(made, out)
+
+
+def test_refused(made, tmp_path, monkeypatch):
+    out = tmp_path / "e.npy"
+    for text in ("0/4", "5/4", "1", "a/b", "1/0"):
+        failed(embed(made, out, "--shard", text), "expected I/N, such as 1/4 to 4/4", text)
+    network = ["--checkpoint_path", made / "net.pth"]
+    words = ["--dataset", "glyphs", "--out", out, *network]
+    failed(run_in_process("embed.py", *words, "--shard", "1/2"), "--shard goes with --images")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    failed(run_in_process("embed.py", *words), "torchrun goes with --images")
+    monkeypatch.undo()
+    assert embed(made, out, "--shard", "1/2").code == 0
+    lock = Lock(tmp_path / "e.shard-1-of-2.npy")
+    failed(embed(made, out), "e.shard-1-of-2.npy: another process is writing it")
+    lock.release()
+    save_network(tmp_path / "other.pth", seed=6)
+    other = ["--checkpoint_path", tmp_path / "other.pth"]
+    result = run_in_process("embed.py", "--images", made / "photos", "--out", out, *other)
+    failed(result, "e.shard-1-of-2.json: of another network", "network_sha256")
+    assert np.load(tmp_path / "e.shard-1-of-2.npy").shape[0] == 6
