@@ -93,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = ""
         options = {"nprobe": args.nprobe, "ef_search": args.ef_search}
         if args.index_file:
-            network = file.facts["network_sha256"]
-            place = Path(args.index_file)
-            index, done = kept_index(file.rows, network, place, args.index, **options)
+            index, done = kept_index(file, Path(args.index_file), args.index, **options)
             print(f"{args.index_file}: {done}")
         else:
             index = Index(file.rows, args.index or "exact", **options)

@@ -97,7 +97,7 @@ def test_stopped_and_changed_again(place, embedded, monkeypatch, is_finished):
 
     def check(self: StopRequest) -> None:
         checks.append(self)
-        if len(checks) == 4:  # two at the ends of the loading, then one for each batch
+        if len(checks) == 6:  # two at the ends of both loadings, then one for each batch
             raise Stopped(2)
 
     embedded.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from photos import make_photos, save_network
 from scripts import Outcome, failed, run_in_process
 
+from utils.embeddings import Embeddings
 from utils.errors import UserError
 from utils.index import Index
 from utils.index_file import kept_index, row_keys
@@ -26,8 +28,11 @@ def rows() -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def kept(rows: np.ndarray, file: Path, kind: str | None = None) -> tuple[Index, str]:
-    return kept_index(rows, "net", file, kind, **OPTIONS)
+def kept(
+    rows: np.ndarray, file: Path, kind: str | None = None, network: str = "net"
+) -> tuple[Index, str]:
+    facts = {"network_sha256": network, "source": hashlib.sha256(rows.tobytes()).hexdigest()}
+    return kept_index(Embeddings(rows, {}, facts), file, kind, **OPTIONS)
 
 
 def assert_finds(index: Index, rows: np.ndarray, is_exact: bool) -> None:
@@ -77,7 +82,7 @@ def test_what_does_not_fit_is_refused(tmp_path, rows):
     file = tmp_path / "photos.index"
     kept(rows, file, "hnsw")
     with pytest.raises(UserError, match="of another network"):
-        kept_index(rows, "other", file, None, **OPTIONS)
+        kept(rows, file, network="other")
     with pytest.raises(UserError, match="an index of the kind hnsw"):
         kept(rows, file, "ivf")
     with pytest.raises(UserError, match="faiss cannot make an index 'PQ7' of 900 rows"):

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,24 +50,22 @@ class KnownRows:
 
     def __init__(self, files: Sequence[Embeddings]) -> None:
         """Later files stand above earlier ones."""
-        self._files = [file for file in files if set(COLUMNS) <= set(file.columns)]
-        self._of_path: dict[str, tuple[int, int]] = {}  # number of the file, row
-        self._of_content: dict[str, tuple[int, int]] = {}
-        for number, file in enumerate(self._files):
-            places = [(number, row) for row in range(len(file.rows))]
-            self._of_path.update(zip(file.columns["path"], places, strict=True))
-            self._of_content.update(zip(file.columns["sha256"], places, strict=True))
+        self._files = [file for file in reversed(files) if set(COLUMNS) <= set(file.columns)]
+        self._numbers = {
+            name: [dict(zip(file.columns[name], count())) for file in self._files]
+            for name in ("path", "sha256")
+        }
 
     def __contains__(self, path: str) -> bool:
         """Return whether a row was made from a file of this path."""
-        return path in self._of_path
+        return self._find("path", path) is not None
 
     def unchanged(self, path: str, entry: os.stat_result) -> tuple[str, np.ndarray] | None:
         """Return content hash and row of a file that is as it was, None if it is not."""
-        if path not in self._of_path:
+        place = self._find("path", path)
+        if place is None:
             return None
-        number, row = self._of_path[path]
-        file = self._files[number]
+        file, row = place
         size, modified, sha256 = (file.columns[name][row] for name in COLUMNS[2:])
         if (size, modified) != (str(entry.st_size), str(entry.st_mtime_ns)):
             return None
@@ -75,10 +73,15 @@ class KnownRows:
 
     def of_content(self, sha256: str) -> np.ndarray | None:
         """Return the row of an image with these bytes, wherever it lay."""
-        if sha256 not in self._of_content:
-            return None
-        number, row = self._of_content[sha256]
-        return self._files[number].rows[row]
+        place = self._find("sha256", sha256)
+        return place and place[0].rows[place[1]]
+
+    def _find(self, column: str, text: str) -> tuple[Embeddings, int] | None:
+        """Return the file and the number of the row that has a text in a column."""
+        for file, numbers in zip(self._files, self._numbers[column], strict=True):
+            if text in numbers:
+                return file, numbers[text]
+        return None
 
 
 class EmbeddingWriter:
@@ -389,13 +392,16 @@ def _open(paths: dict[str, Path]) -> Embeddings:
         raise UserError(f"{paths['npy']}: not a .npy array, or truncated; embed again") from None
     with open(paths["csv"], **CSV_FORMAT) as lines:
         table = csv.reader(lines)
-        names = next(table, [])
-        texts = list(islice(table, n_rows))
-    is_whole = all(len(row) == len(names) for row in texts) and "path" in names
-    if not is_whole or rows.shape != (len(texts), facts.get("dimension")):
+        columns: dict[str, list[str]] = {name: [] for name in next(table, [])}
+        is_whole = "path" in columns
+        for texts in islice(table, n_rows):
+            is_whole &= len(texts) == len(columns)
+            for column, text in zip(columns.values(), texts, strict=False):
+                column.append(text)
+    shape = (len(columns.get("path", ())), facts.get("dimension"))
+    if not is_whole or rows.shape != shape:
         raise UserError(f"{paths['npy']}: does not match its .csv and .json; embed again")
-    columns = zip(*texts, strict=True) if texts else [()] * len(names)
-    return Embeddings(rows, dict(zip(names, columns, strict=True)), facts)
+    return Embeddings(rows, columns, facts)
 
 
 def count_alike(rows: np.ndarray) -> int:

@@ -1,7 +1,7 @@
 """An index that stays on the disk: built once, memory-mapped afterwards, grown with its rows.
 
-`FILE` is faiss's own. `FILE.npz` holds the hash of the row at each place of it, and the facts: of
-which network the rows are, and the kind of the index.
+`FILE` is faiss's own. `FILE.npz` holds the hash of the row at each place of it, the number of that
+row, and the facts: of which network and images the rows are, and the kind of the index.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from utils.embeddings import Embeddings
 from utils.errors import UserError
 from utils.files import written_whole
 from utils.index import Index, check_faiss, faiss
@@ -22,33 +23,38 @@ MOST_GONE = 0.1  # share of the places whose rows are gone, from which on it is 
 
 
 def kept_index(
-    rows: np.ndarray, network: str, file: Path, kind: str | None, **options: int
+    embeddings: Embeddings, file: Path, kind: str | None, **options: int
 ) -> tuple[Index, str]:
     """Open the index in a file and add what is new, or build it and write it there.
 
     Args:
-        rows: (N, D) as of `Index`; options, too.
-        network: the hash of the network that made them.
         kind: of the index; None: as it is in the file, or exact.
+        options: of `Index`.
 
     Returns the index, and what was done, in words. Raises UserError if the file holds an index of
     another network or of another kind.
     """
-    keys = row_keys(rows)
-    old_keys, facts_there, opened = _read(file) if file.exists() else (keys[:0], {}, None)
+    facts_there, arrays, opened = _read(file) if file.exists() else ({}, {}, None)
+    network = embeddings.facts["network_sha256"]
     if facts_there and facts_there["network"] != network:
         raise UserError(f"{file}: an index of another network; name another file")
     if facts_there and kind not in (None, facts_there["kind"]):
         raise UserError(f"{file}: an index of the kind {facts_there['kind']}; name another file")
     kind = kind or facts_there.get("kind", "exact")
-    facts = {"network": network, "kind": kind}
+    rows = embeddings.rows
+    images = f"{embeddings.facts['source']}, {len(rows)} rows"
+    facts = {"network": network, "images": images, "kind": kind}
+    is_torn = opened is not None and opened.ntotal != len(arrays["keys"])  # by a kill
+    if facts_there.get("images") == images and not is_torn:
+        return Index(rows, kind, opened=opened, row_of=arrays["row_of"], **options), "opened"
+    keys = row_keys(rows)
+    old_keys = arrays.get("keys", keys[:0])
     row_of = _places(old_keys, keys)
     n_gone = int((row_of < 0).sum())
-    is_torn = opened is not None and opened.ntotal != len(old_keys)  # of a run that was killed
     most_gone = 0 if kind == "exact" else MOST_GONE * len(row_of)  # exact costs a copy alone
     if opened is None or is_torn or n_gone > most_gone:
         index = Index(rows, kind, **options)
-        _write(file, index, keys, facts)
+        _write(file, index, facts, keys, np.arange(len(rows)))
         return index, f"built anew, as {n_gone} rows are gone" if n_gone else "built"
     is_new = np.ones(len(rows), bool)
     is_new[row_of[row_of >= 0]] = False
@@ -58,7 +64,7 @@ def kept_index(
     Index.add(opened, rows[is_new])
     row_of = np.concatenate([row_of, np.flatnonzero(is_new)])
     index = Index(rows, kind, opened=opened, row_of=row_of, **options)
-    _write(file, index, np.concatenate([old_keys, keys[is_new]]), facts)
+    _write(file, index, facts, np.concatenate([old_keys, keys[is_new]]), row_of)
     return index, f"opened, {is_new.sum()} rows added"
 
 
@@ -82,22 +88,22 @@ def _places(old_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return np.array([place_of.get(key, -1) for key in old_keys.tolist()], np.int64)
 
 
-def _read(file: Path) -> tuple[np.ndarray, dict, Any]:
-    """Return the keys of the places, the facts, and the index, memory-mapped."""
+def _read(file: Path) -> tuple[dict, dict[str, np.ndarray], Any]:
+    """Return the facts, keys and row numbers of the places, and the index, memory-mapped."""
     check_faiss()
     try:
         with np.load(f"{file}.npz", allow_pickle=False) as content:
             facts = json.loads(str(content["facts"]))
-            facts_there = {name: facts[name] for name in ("network", "kind")}
-            keys = content["keys"]
-        return keys, facts_there, faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+            facts_there = {name: facts[name] for name in ("network", "images", "kind")}
+            arrays = {name: content[name] for name in ("keys", "row_of")}
+        return facts_there, arrays, faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile):
         raise UserError(
             f"{file}: with {file}.npz not an index of search.py; remove it, or name another file"
         ) from None
 
 
-def _write(file: Path, index: Index, keys: np.ndarray, facts: dict) -> None:
+def _write(file: Path, index: Index, facts: dict, keys: np.ndarray, row_of: np.ndarray) -> None:
     """Write index and keys, the keys last: an index that they do not fit is built anew."""
     side = Path(f"{file}.npz")
     with written_whole(side) as beside_keys, written_whole(file) as beside:
@@ -107,4 +113,4 @@ def _write(file: Path, index: Index, keys: np.ndarray, facts: dict) -> None:
             reason = " ".join(str(error).split())[-200:]
             raise UserError(f"{file}: cannot be written ({reason}); make room") from None
         with open(beside_keys, "wb") as out:
-            np.savez(out, keys=keys, facts=json.dumps(facts))
+            np.savez(out, keys=keys, row_of=row_of, facts=json.dumps(facts))
