@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py --embeddings photos.npy --sizes 10000 100000 1000000
 
-The rows of the file are repeated with noise until there are as many as asked. Each way runs in a
+Between the rows of the file and their neighbors as many are drawn as asked. Each way runs in a
 process of its own. As in `--recipe best`, there is a cluster for each six images, and four
 neighbors for each image.
 """
@@ -34,32 +34,43 @@ from utils.retrieval import nearest_neighbors
 
 CLUSTER_SIZE = 6  # images
 N_NEIGHBORS = 4
-NOISE = 0.3  # length of what is added to a row of unit length
+N_AROUND = 10  # neighbors of a row towards which rows are drawn
+NOISE = 0.1  # length of what is added to a row of unit length
 DIRECT_UP_TO = 20_000  # images that are clustered directly, too
 N_QUERIES = 1000  # of the recall
 WAYS = ("clusters, direct", "clusters, approximate", "neighbors, exact", "neighbors, approximate")
 TINY = (600, 16, 50)  # rows, columns, classes
 
 
-def many_rows(source: str | None, count: int) -> np.ndarray:
-    """Return unit vectors (count, D): those of a file, repeated with noise, or drawn ones."""
+def many_rows(source: str | None, rows: np.ndarray) -> None:
+    """Fill an array (N, D) with unit vectors, between the rows of a file and their neighbors.
+
+    Without a file they are drawn around random centers.
+    """
     if source is None:
-        return paired.clustered_vectors(count, *TINY[1:])[0]
-    stored = np.load(source, mmap_mode="r")
+        rows[:] = paired.clustered_vectors(len(rows), rows.shape[1], TINY[2])[0]
+        return
+    stored = np.load(source).astype(np.float32)
+    around = nearest_neighbors(torch.from_numpy(stored), N_AROUND)[1].numpy()
     rng = np.random.default_rng(0)
-    rows = np.empty((count, stored.shape[1]), np.float32)
-    for start in range(0, count, len(stored)):
-        part = rows[start : start + len(stored)]
-        part[:] = stored[: len(part)]
+    for start in range(0, len(rows), len(stored)):
+        part = stored[: len(rows) - start]
+        neighbors = stored[around[np.arange(len(part)), rng.integers(N_AROUND, size=len(part))]]
+        part = part + rng.random((len(part), 1), dtype=np.float32) * (neighbors - part)
         noise = rng.standard_normal(part.shape, dtype=np.float32)
         part += NOISE / np.sqrt(part.shape[1]) * noise
-        part /= np.linalg.norm(part, axis=1, keepdims=True)
-    return rows
+        rows[start : start + len(part)] = part / np.linalg.norm(part, axis=1, keepdims=True)
+
+
+def width_of(source: str | None) -> int:
+    """Return the number of columns of a file, or of drawn rows."""
+    return np.load(source, mmap_mode="r").shape[1] if source else TINY[1]
 
 
 def measure(way: str, source: str | None, count: int) -> dict[str, float]:
     """Go one way: seconds, the memory in MiB beside the rows, and the quality of the result."""
-    rows = many_rows(source, count)
+    rows = np.empty((count, width_of(source)), np.float32)
+    many_rows(source, rows)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     k = count // CLUSTER_SIZE

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, decode, kmeans, recall, scale, tables, train_step
+from benchmarks import compare, decode, index, kmeans, recall, scale, tables, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         (recall, ["ours", "faiss IndexFlatL2, k=9"]),
         (kmeans, ["faiss, 10 starts", "sklearn, 10 starts"]),
-        (scale, list(scale.WAYS)),
+        pytest.param(scale, list(scale.WAYS), marks=pytest.mark.slow),
+        pytest.param(index, ["exact", "ivf, nprobe 16"], marks=pytest.mark.slow),
         (decode, ["this project", "Pillow, torchvision's Resize"]),
         pytest.param(train_step, ["ours, fp32", "ours, bf16"], marks=pytest.mark.slow),
     ],

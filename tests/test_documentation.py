@@ -147,11 +147,14 @@ def test_every_command_of_the_pages_runs(workplace, fast):
         assert os.path.getsize(name) > 500
 
 
-def test_examples_in_python_run(workplace):
+def test_examples_in_python_run(workplace, capsys):
     text = TEXTS[ROOT / "docs" / "photos.md"]
-    for name in ("python", "hub"):
+    printed = {}
+    for name in ("python", "hub", "database"):
         (code,) = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", text, re.DOTALL)
         exec(code.replace("PROJECT", str(ROOT)), {})
+        printed[name] = capsys.readouterr().out.splitlines()
+    assert len(printed["database"]) == 5 and printed["database"][0].endswith(" 0.0")
 
 
 def test_options_of_all_commands_exist():
