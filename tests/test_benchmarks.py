@@ -6,8 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from synthetic import write_dataset
+from training import options
 
-from benchmarks import compare, decode, index, kmeans, recall, scale, tables, train_step
+from benchmarks import (
+    compare,
+    decode,
+    full_run,
+    index,
+    kmeans,
+    recall,
+    scale,
+    stages,
+    tables,
+    train_step,
+)
+from models import CBSwR
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +48,43 @@ def test_a_tiny_run(benchmark, ways, tmp_path: Path, capsys):
     for case in timed:
         assert set(ways) <= set(case) and all(len(way["all_s"]) == 2 for way in case.values())
     assert bool(timed) == bool(ways)
+
+
+def test_the_stages_of_a_command(tmp_path, capsys):
+    data = write_dataset(tmp_path / "data")
+    words = options(data, tmp_path, recipe="best", head_init="pca", min_images=0)
+    out = tmp_path / "out.json"
+    stages.main(["--out", str(out), "--", "train.py", *words])
+    measured = json.loads(out.read_text())["stages"]
+    assert {"input", "features, network", "head", "losses", "k-means", "scores"} <= set(measured)
+    assert {"training, network forward", "training, backward", "checkpoint"} <= set(measured)
+    assert all(seconds >= 0 for seconds in measured.values())
+    assert "%  training, backward" in capsys.readouterr().out
+    assert CBSwR.maps.__name__ == "maps" and torch.Tensor.backward.__name__ == "backward"
+
+
+@pytest.mark.slow
+def test_a_full_run(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    out = tmp_path / "out.json"
+    words = ["--dataset=tiny", f"--data_dir={data}", "--image_size=32", "--n_epoch=2"]
+    full_run.main(["--tiny", "--repeats=1", "--out", str(out), *words])
+    for precision in ("bf16", "fp32"):
+        measured = json.loads(out.read_text())[f"paper, tiny, {precision}"]
+        assert measured["epochs"] == 2 and 0 < measured["share_of_peak"] < 1
+        assert sum(measured["parts"].values()) < measured["seconds"]
+        assert "training, backward" in measured["stages_of_an_epoch"]
+
+
+def test_the_clock_counts_the_innermost_stage(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr("benchmarks.stages.time.perf_counter", lambda: next(now))
+    clock = stages.Clock()
+    with clock.stage("outer"):
+        clock.timed("inner", lambda: None)()
+        steps = clock.waited("steps", lambda: [1, 2])()
+        assert list(steps) == [1, 2]
+    assert clock.seconds == {"other": 1, "outer": 5, "inner": 1, "steps": 3}
 
 
 def test_the_tables_of_the_page_are_those_of_the_figures():
