@@ -1,8 +1,9 @@
 """Photos to squares of 256 pixels, beside what a user would write with torchvision; one thread.
 
-    python benchmarks/decode.py --images my_photos
+    python benchmarks/decode.py --images my_photos --backbone resnet18
 
-Photos are enlarged or reduced to 0.2, 2 and 12 million pixels, and saved as JPEG of quality 92.
+Photos are enlarged or reduced to 0.2, 2 and 12 million pixels, and saved as JPEG of quality 92. With
+a backbone, the cosine of its features to those of files that are decoded in full is measured, too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run
 
 from benchmarks import paired
 from datasets.images import decode_image, find_images, open_rgb
+from embedder import Embedder
 from utils.errors import run_script
 from utils.options import path_name
 
@@ -64,12 +66,23 @@ def ways(files: Sequence[bytes]) -> dict[str, Callable[[], Any]]:
     return {name: lambda make=make: [make(file) for file in files] for name, make in makers.items()}
 
 
+def cosines(files: Sequence[bytes], embedder: Embedder) -> dict[str, float]:
+    """Compare the features of files with those of the same files decoded in full."""
+    squares = ([decode_image(f, SIDE, as_stored=full) for f in files] for full in (False, True))
+    reduced, full = map(embedder, squares)
+    values = (reduced * full).sum(1)
+    return {"mean": round(float(values.mean()), 5), "least": round(float(values.min()), 5)}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Time all ways at all sizes, and write the result."""
     parser = paired.make_parser("decode", "Images a second, from JPEG files to squares.")
     text = "photos to take (default: drawn ones)"
     parser.add_argument("--images", type=path_name, metavar="DIR", help=text)
+    parser.add_argument("--backbone", help="a frozen one, whose features are compared")
+    parser.add_argument("--weights", type=path_name, default="auto", help="of it: auto or a file")
     options = parser.parse(list(argv or sys.argv[1:]))
+    embedder = Embedder(options.backbone, options.weights) if options.backbone else None
     torch.set_num_threads(1)
     count = 2 if options.tiny else COUNT
     photos = smooth_photos(count)
@@ -78,10 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         photos = [open_rgb(path) for path in paths[:: max(1, len(paths) // count)][:count]]
     result: dict[str, Any] = {"data": "photos" if options.images else "smooth random colors"}
     for name, size in (TINY if options.tiny else SIZES).items():
-        measured = paired.in_turn(ways([saved(photo, size) for photo in photos]), options.repeats)
+        files = [saved(photo, size) for photo in photos]
+        measured = paired.in_turn(ways(files), options.repeats)
         for figures in measured.values():
             figures["images_per_second"] = round(len(photos) / figures["median_s"], 1)
         result[name] = {"shape": [len(photos), *size], "ways": measured}
+        if embedder:
+            result[name]["cosine_to_full_decoding"] = cosines(files, embedder)
     paired.write(result, options)
 
 

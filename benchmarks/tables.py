@@ -46,13 +46,65 @@ def speed_lines() -> Iterator[list[str]]:
             first = next(iter(figures["ways"].values()))["median_s"]
             shape = "×".join(map(str, figures.get("shape", ())))
             title = ", ".join(filter(None, (work, case, shape)))
-            place = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
             for way, measured in figures["ways"].items():
                 seconds = measured["median_s"]
                 nmi = ""
                 if "nmi_mean" in measured:
                     nmi = f"{100 * measured['nmi_mean']:.1f} ± {100 * measured['nmi_std']:.1f}"
-                yield [title, way, number(seconds), f"{seconds / first:.2g}", nmi, place]
+                yield [title, way, number(seconds), f"{seconds / first:.2g}", nmi, place_of(machine)]
+
+
+def scale_lines() -> Iterator[list[str]]:
+    """Yield a line for each way to cluster or to find neighbors, at each number of images."""
+    yield ["images", "by", "seconds", "MiB beside the rows", "inertia", "recall", "machine"]
+    for machine, case, figures in cases_of("scale"):
+        for way, measured in figures["ways"].items():
+            inertia = f"{measured['inertia']:.4f}" if "inertia" in measured else ""
+            recall = f"{100 * measured['recall']:.1f}" if "recall" in measured else ""
+            times = number(measured["median_s"]), number(measured["memory_mb"])
+            yield [case.removesuffix(" images"), way, *times, inertia, recall, place_of(machine)]
+
+
+def index_lines() -> Iterator[list[str]]:
+    """Yield a line for each kind of index and effort, at each number of rows."""
+    names = ["build_s", "build_memory_mb", "file_mb", "queries_per_second", "one_query_ms"]
+    yield [
+        "rows",
+        "index",
+        *("build, s", "build, MiB", "file, MiB", "queries/s", "one query, ms"),
+        "recall@10, %",
+        "machine",
+    ]
+    for machine, case, figures in cases_of("index"):
+        for way, measured in figures["ways"].items():
+            numbers = [number(measured[name]) for name in names]
+            recall = f"{100 * measured['recall']:.1f}"
+            yield [case.removesuffix(" rows"), way, *numbers, recall, place_of(machine)]
+
+
+def stage_lines() -> Iterator[list[str]]:
+    """Yield a line for each command: its seconds, and the shares of its stages."""
+    yield ["command", "seconds", "shares in percent", "machine"]
+    for path in sorted(RESULTS.glob("stages_*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        total = sum(result["stages"].values())
+        shares = {name: round(100 * value / total) for name, value in result["stages"].items()}
+        texts = [f"{name} {share}" for name, share in shares.items() if share]
+        machine = place_of(result["machine"])
+        yield [f"`{result['command']}`", number(total), "; ".join(texts), machine]
+
+
+def place_of(machine: dict) -> str:
+    """Return the name of a machine: its GPU, or its processor and the number of threads."""
+    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+
+
+TABLES = {
+    "speed": speed_lines,
+    "scale": scale_lines,
+    "index": index_lines,
+    "stages": stage_lines,
+}
 
 
 def placed(page: str, name: str, lines: Sequence[Sequence[str]]) -> str:
@@ -73,7 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit status 1 if they are old")
     options = parser.parse(list(argv or sys.argv[1:]))
     page = PAGE.read_text(encoding="utf-8")
-    fresh = placed(page, "speed", list(speed_lines()))
+    fresh = page
+    for name, lines in TABLES.items():
+        fresh = placed(fresh, name, list(lines()))
     if options.check:
         return int(fresh != page)
     with written_whole(PAGE) as beside:

@@ -21,7 +21,7 @@ except ImportError:  # a machine on which it cannot be installed
 
 ENGINES = ("auto", "faiss", "sklearn")
 EARLY_STOP = 1e-6  # relative gain of an iteration below which faiss stops
-EARLY_STOP_APPROXIMATE = 1e-4
+EARLY_STOP_APPROXIMATE = 1e-3
 FEWEST_CLUSTERS = 4  # that choose_k chooses; fewer are stable whatever the images
 STABLE = 0.9  # see choose_k
 STABILITY_REPEATS = 3
