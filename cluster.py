@@ -11,13 +11,21 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 from reports.sheets import MOST_ROWS, SheetRow, Tile, contact_sheet
-from utils.clustering import FEWEST_CLUSTERS, choose_k, kmeans
+from utils.clustering import (
+    FEWEST_CLUSTERS,
+    approximate_kmeans,
+    choose_k,
+    distances_to,
+    is_large,
+    kmeans,
+)
 from utils.duplicates import duplicate_groups
 from utils.embeddings import Embeddings, open_embeddings
 from utils.errors import UserError, run_script
@@ -27,7 +35,7 @@ from utils.progress import progress
 from utils.signals import StopRequest
 from utils.tables import CSV_FORMAT, csv_writer
 
-SIMILARITY = 0.95  # measured in docs/data_sets.md
+SIMILARITY = 0.95  # measured in docs/photos.md
 STARTS, ITERATIONS = 5, 100  # of k-means
 MOST_OUTLIERS = 32  # on the sheet
 
@@ -110,10 +118,12 @@ def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
         k, stability = choose_k(rows, args.seed, bar)
         shares = ", ".join(f"{count} {value:.2f}" for count, value in stability.items())
         print(f"{k} clusters; stability by number of clusters: {shares}")
-    clusters, centers, _ = kmeans(rows, k, n_init=STARTS, max_iter=ITERATIONS, seed=args.seed)
+    exact = partial(kmeans, n_init=STARTS)
+    clustered = approximate_kmeans if is_large(len(rows), k) else exact
+    clusters, centers, _ = clustered(rows, k, max_iter=ITERATIONS, seed=args.seed)
     by_size = np.argsort(-np.bincount(clusters, minlength=k), kind="stable")
     clusters = np.argsort(by_size)[clusters]
-    distances = np.linalg.norm(rows - centers[by_size][clusters], axis=1)
+    distances = distances_to(rows, centers[by_size], clusters)
     order = np.lexsort((distances, clusters))
     groups = np.split(order, np.flatnonzero(np.diff(clusters[order])) + 1)
     table = [

@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py --images my_photos --backbone resnet18
 
-Photos are enlarged or reduced to 0.2, 2 and 12 million pixels, and saved as JPEG of quality 92. With
-a backbone, the cosine of its features to those of files that are decoded in full is measured, too.
+Photos are enlarged or reduced to 0.2, 2 and 12 million pixels, and saved as JPEG of quality 92.
+With a backbone, the cosine of its features to those of full decoding is measured, too.
 """
 
 from __future__ import annotations

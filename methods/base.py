@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.clustering import approximate_kmeans, kmeans
+from utils.clustering import approximate_kmeans, is_large, kmeans
 from utils.distributed import ALONE, Processes
 from utils.errors import UserError
 from utils.features import network_autocast
@@ -19,7 +19,6 @@ from utils.index import approximate_neighbors, faiss
 from utils.retrieval import nearest_neighbors
 
 KMEANS_ITERATIONS = 50  # of pseudo-labels, from one start: they are made anew in each epoch
-MOST_DISTANCES = 10**8  # images * clusters of an iteration; for more, k-means is approximate
 EXACT_UP_TO = 100_000  # images whose neighbors are found exactly on a CPU
 
 # () -> pooled features (N, C) and embeddings (N, D) of all training images, on the CPU
@@ -163,8 +162,8 @@ class Method(nn.Module):
 
         Raises UserError for more clusters than images.
         """
-        is_large = len(space) * n_cluster > MOST_DISTANCES and faiss is not None
-        clustered = approximate_kmeans if is_large else partial(kmeans, n_init=1)
+        exact = partial(kmeans, n_init=1)
+        clustered = approximate_kmeans if is_large(len(space), n_cluster) else exact
 
         def work() -> tuple[Tensor, Tensor]:
             seed = self.options.seed + epoch

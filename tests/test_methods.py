@@ -18,6 +18,7 @@ from methods import METHODS, Method, base
 from methods.supervised import same_class
 from models import build_model
 from recipes import fit_to_data
+from utils import clustering
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N_IMAGES = 12
@@ -137,7 +138,7 @@ def test_a_head_in_closed_form_compares_embeddings():
 def test_many_images_are_clustered_and_searched_approximately(monkeypatch):
     method = make("best", "--cluster_sizes=2", "--target_neighbors=2")
     features = features_of(method)
-    monkeypatch.setattr(base, "MOST_DISTANCES", N_IMAGES * 5)
+    monkeypatch.setattr(clustering, "MOST_DISTANCES", N_IMAGES * 5)
     monkeypatch.setattr(base, "EXACT_UP_TO", N_IMAGES - 1)
     labels, centers = method.cluster(features[1], 6, epoch=1)
     monkeypatch.setattr(base, "kmeans", None)  # is not asked again

@@ -27,6 +27,8 @@ STABLE = 0.9  # see choose_k
 STABILITY_REPEATS = 3
 STABILITY_ROWS = 5000
 GREEDY_UP_TO = 512  # clusters; for more, a greedy start would take longer than the clustering
+MOST_DISTANCES = 10**8  # rows * clusters of an iteration from which on k-means is approximate
+BLOCK = 1 << 14  # rows
 NPROBE = 8  # cells whose centroids `approximate_kmeans` compares a row with
 
 
@@ -110,6 +112,11 @@ def _by_sklearn(rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int)
     clustering = KMeans(k, n_init=n_init, max_iter=max_iter, random_state=seed)
     clustering.fit(rows)
     return clustering.labels_, clustering.cluster_centers_, float(clustering.inertia_)
+
+
+def is_large(n_rows: int, k: int) -> bool:
+    """Return whether to leave k-means of so many rows into k clusters to `approximate_kmeans`."""
+    return n_rows * k > MOST_DISTANCES and faiss is not None
 
 
 def approximate_kmeans(
@@ -209,3 +216,12 @@ def nearest_centroids(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Return the number of the nearest centroid (K, D) of each row (N, D)."""
     half_norms = np.square(centroids).sum(1) / 2
     return (rows @ centroids.T - half_norms).argmax(1)
+
+
+def distances_to(rows: np.ndarray, centroids: np.ndarray, assignments: np.ndarray) -> np.ndarray:
+    """Return the distance (N,) of each row (N, D) to its own of the centroids (K, D)."""
+    distances = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), BLOCK):
+        block = slice(start, start + BLOCK)
+        distances[block] = np.linalg.norm(rows[block] - centroids[assignments[block]], axis=1)
+    return distances
