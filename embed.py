@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import utils.threads  # noqa: F401
+
 import numpy as np
 import torch
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+import utils.threads  # noqa: F401
+
 import numpy as np
 import torch
 from PIL import Image

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import utils.threads  # noqa: F401
+
 from reports.page import write_report
 from utils.errors import run_script
 from utils.files import check_target, check_writable

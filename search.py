@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import utils.threads  # noqa: F401
+
 import numpy as np
 
 from datasets.folder import FileSource, batches_of

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import utils.threads  # noqa: F401
+
 import numpy as np
 import torch
 from torch import Tensor

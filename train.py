@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+import utils.threads  # noqa: F401
+
 import numpy as np
 import torch
 from torch import Tensor

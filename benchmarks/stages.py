@@ -9,6 +9,7 @@ ends of each stage, so that the whole takes longer than without a clock.
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import time
 from collections import Counter
@@ -154,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     total = sum(stages.values())
     for name, seconds in stages.items():
         print(f"{seconds:9.2f} s  {100 * seconds / total:5.1f} %  {name}")
-    paired.write({"command": " ".join([script, *words]), "stages": stages}, options)
+    command = re.sub(r"[^\s=]*/", "", " ".join([script, *words]))  # without the user's folders
+    paired.write({"command": command, "stages": stages}, options)
 
 
 if __name__ == "__main__":

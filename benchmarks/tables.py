@@ -20,6 +20,7 @@ WORK = {
     "recall": "Recall@K",
     "kmeans": "k-means",
     "decode": "photos to squares",
+    "inference": "features",
 }
 
 

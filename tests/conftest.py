@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import utils.threads  # noqa: F401
+
 import pytest
 import torch
 from forks import Forks

@@ -136,6 +136,7 @@ def approximate_kmeans(
     cells = faiss.IndexIVFFlat(faiss.IndexFlatL2(rows.shape[1]), rows.shape[1], n_cells)
     cells.nprobe = NPROBE
     cells.cp.min_points_per_centroid = 1
+    cells.cp.max_points_per_centroid = 64
     clustering = faiss.Clustering(rows.shape[1], k)
     clustering.seed = cells.cp.seed = seed % 2**31
     clustering.niter = max_iter
@@ -143,11 +144,15 @@ def approximate_kmeans(
     clustering.max_points_per_centroid = len(rows)
     clustering.early_stop_threshold = EARLY_STOP_APPROXIMATE
     cells.train(rows)
+    order = cells.quantizer.search(rows, 1)[1][:, 0].argsort(kind="stable")
+    rows = rows[order]  # the rows of a cell one after the other: its centroids stay in the cache
     clustering.train(rows, cells)
     centroids = faiss.vector_to_array(clustering.centroids).reshape(k, -1)
-    distances, assignments = cells.search(rows, 1)
+    distances, found = cells.search(rows, 1)
+    assignments = np.empty(len(rows), np.int64)
+    assignments[order] = found[:, 0]
     inertia = float(distances.sum(dtype=np.float64))
-    return _results(features, assignments[:, 0], centroids + center, inertia)
+    return _results(features, assignments, centroids + center, inertia)
 
 
 def _checked(features: Tensor | np.ndarray, k: int) -> Tensor:
