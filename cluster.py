@@ -29,7 +29,7 @@ from utils.clustering import (
     kmeans,
 )
 from utils.duplicates import duplicate_groups
-from utils.embeddings import Embeddings, open_embeddings
+from utils.embeddings import Embeddings, check_apart, open_embeddings
 from utils.errors import UserError, run_script
 from utils.files import check_writable, written_whole
 from utils.options import LARGEST_SEED, Parser, path_name, real, target_file, whole
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = open_embeddings(Path(args.embeddings))
         if len(file.rows) == 0:
             raise UserError(f"{args.embeddings}: holds no images")
+        check_apart([args.sheet], file)
         if args.duplicates is None:
             find_clusters(args, file)
         else:
@@ -165,7 +166,9 @@ def find_duplicates(args: argparse.Namespace, file: Embeddings) -> None:
     columns = ("path", "group", "similarity_to_first", "kind")
     write_files(args, file, columns, table, groups, tiles, texts)
     n_spare = sum(len(group) - 1 for group in groups)
-    print(f"{args.out}: {len(groups)} groups of {n_spare + len(groups)} images; {n_spare} to spare")
+    print(
+        f"{args.out}: {len(groups)} groups of {n_spare + len(groups)} images, {n_spare} beside the first ones"
+    )
 
 
 def write_files(

@@ -16,7 +16,7 @@ from datasets.folder import FileSource, batches_of
 from datasets.images import allow_pixels, find_images
 from embedder import Embedder
 from reports.sheets import SheetRow, Tile, contact_sheet
-from utils.embeddings import Embeddings, KnownRows, open_embeddings
+from utils.embeddings import Embeddings, KnownRows, check_apart, open_embeddings
 from utils.errors import UserError, run_script
 from utils.files import write_json, written_whole
 from utils.index import KINDS, Index
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     allow_pixels(args.max_pixels)
     with StopRequest() as stop, stop.at_once():
         file = open_embeddings(Path(args.embeddings))
+        check_apart([args.json, args.sheet], file)
         queries, embeddings = embed_queries(args, file)
         done = ""
         options = {"nprobe": args.nprobe, "ef_search": args.ef_search}

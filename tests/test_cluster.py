@@ -111,6 +111,12 @@ def test_links_and_sheet(tmp_path):
     assert Image.open(tmp_path / "s.png").width >= 10 * 170
     failed(cluster(file, "--k", 3, "--link", folder), "is there already; name a new folder")
     failed(cluster(file, "--k", 13), "cannot make 13 clusters of 12 images")
+    photo = photos / "cat/deep/01.png"
+    content = photo.read_bytes()
+    failed(cluster(file, "--k", 3, "--sheet", photo), "01.png: is one of the embedded images")
+    query = ("--embeddings", file, "--query", photos / "cat/00.jpg", "--sheet", photo)
+    failed(run_in_process("search.py", *query), "01.png: is one of the embedded images")
+    assert photo.read_bytes() == content
 
 
 def test_duplicate_groups():
@@ -144,7 +150,7 @@ def test_copies_of_photos(tmp_path):
     file = tmp_path / "e.npy"
     assert run_in_process("embed.py", "--images", photos, *network, "--out", file).code == 0
     result = cluster(file, "--duplicates", 0.9999, "--out", tmp_path / "d.csv")
-    assert result.code == 0 and "1 groups of 4 images; 3 to spare" in result.out
+    assert result.code == 0 and "1 groups of 4 images, 3 beside the first ones" in result.out
     kinds = {Path(row["path"]).name: row["kind"] for row in read_table(tmp_path / "d.csv")}
     copies = {"01.png": "first", "copy.png": "equal file"}
     assert kinds == copies | {"mirrored.png": "alike", "resized.webp": "alike"}

@@ -111,3 +111,12 @@ def test_stopped_and_changed_again(place, embedded, monkeypatch, is_finished):
     n_new = 3 + (4 if is_finished else 12)
     assert stopped_with > 0 and sum(embedded) == n_new
     assert_as_from_scratch(place)
+
+
+def test_a_copy_that_goes_is_counted(place):
+    shutil.copy(place / "photos/cat/00.jpg", place / "photos/copy.jpg")
+    assert embed(place).code == 0
+    (place / "photos/copy.jpg").unlink()
+    (place / "photos/cat/00.jpg").rename(place / "photos/renamed.jpg")
+    result = embed(place)
+    assert "1 renamed or copied, 11 kept, 1 gone" in result.out

@@ -299,20 +299,19 @@ class EmbeddingWriter:
         if not self._files:
             return ""
         before = set(zip(*_content_columns(self._files), strict=True))
-        paths, contents = ({pair[number] for pair in before} for number in (0, 1))
         now = set(zip(*_content_columns([_open(self._parts)]), strict=True))
-        kinds = dict.fromkeys(("new", "changed", "renamed or copied", "kept", "gone"), 0)
-        for path, content in now - before:
-            if path in paths:
-                kinds["changed"] += 1
-            else:
-                is_copy = content != "" and content in contents
-                kinds["renamed or copied" if is_copy else "new"] += 1
-        kinds["kept"] = len(now & before)
-        paths_now, contents_now = ({pair[number] for pair in now} for number in (0, 1))
-        kinds["gone"] = sum(
-            path not in paths_now and content not in contents_now for path, content in before
-        )
+        paths, paths_now = ({path for path, _ in pairs} for pairs in (before, now))
+        contents = {content for _, content in before} - {""}
+        came = [content for path, content in now if path not in paths]
+        copies = Counter(content for content in came if content in contents)
+        went = Counter(content for path, content in before if path not in paths_now)
+        kinds = {
+            "new": len(came) - copies.total(),
+            "changed": sum(path in paths for path, _ in now - before),
+            "renamed or copied": copies.total(),
+            "kept": len(now & before),
+            "gone": (went - copies).total(),
+        }
         return ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
 
     def _check_free(self) -> None:
@@ -402,6 +401,15 @@ def _open(paths: dict[str, Path]) -> Embeddings:
     if not is_whole or rows.shape != shape:
         raise UserError(f"{paths['npy']}: does not match its .csv and .json; embed again")
     return Embeddings(rows, columns, facts)
+
+
+def check_apart(outputs: Sequence[str | None], embeddings: Embeddings) -> None:
+    """Raise UserError if a file to write is one of the embedded images."""
+    for output in filter(os.path.exists, filter(None, outputs)):
+        name = os.path.basename(os.path.realpath(output))
+        namesakes = (p for p in embeddings.columns["path"] if os.path.basename(p) == name)
+        if any(os.path.exists(path) and os.path.samefile(path, output) for path in namesakes):
+            raise UserError(f"{output}: is one of the embedded images; choose another name")
 
 
 def count_alike(rows: np.ndarray) -> int:
