@@ -165,10 +165,9 @@ def find_duplicates(args: argparse.Namespace, file: Embeddings) -> None:
     texts = [f"group {number} ({len(group)})" for number, group in enumerate(groups, 1)]
     columns = ("path", "group", "similarity_to_first", "kind")
     write_files(args, file, columns, table, groups, tiles, texts)
-    n_spare = sum(len(group) - 1 for group in groups)
-    print(
-        f"{args.out}: {len(groups)} groups of {n_spare + len(groups)} images, {n_spare} beside the first ones"
-    )
+    n_more = sum(len(group) - 1 for group in groups)
+    images = f"{n_more + len(groups)} images, {n_more} beside the first ones"
+    print(f"{args.out}: {len(groups)} groups of {images}")
 
 
 def write_files(
