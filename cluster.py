@@ -122,7 +122,7 @@ def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
         shares = ", ".join(f"{count} {value:.2f}" for count, value in stability.items())
         print(f"{k} clusters; stability by number of clusters: {shares}")
     exact = partial(kmeans, n_init=STARTS)
-    clustered = approximate_kmeans if is_large(len(rows), k) else exact
+    clustered = approximate_kmeans if is_large(rows, k) else exact
     clusters, centers, _ = clustered(rows, k, max_iter=ITERATIONS, seed=args.seed)
     by_size = np.argsort(-np.bincount(clusters, minlength=k), kind="stable")
     clusters = np.argsort(by_size)[clusters]

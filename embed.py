@@ -29,6 +29,7 @@ from utils.embeddings import (
     remove_embeddings,
     shard_of,
     shards_there,
+    take_back,
 )
 from utils.errors import UserError, run_script
 from utils.files import Lock
@@ -143,16 +144,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Embed the images, or write the network."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     allow_pixels(args.max_pixels)
-    with StopRequest() as stop, joined() as processes:
-        if args.onnx:
-            with stop.at_once():
-                export(args)
-            return 0
-        try:
-            embed(args, stop, processes)
-        except Stopped as stopped:
-            print(f"{stopped}; what is embedded is kept, the same command goes on from there")
-            return stopped.status
+    try:
+        with StopRequest() as stop, joined() as processes:
+            if args.onnx:
+                with stop.at_once():
+                    export(args)
+            else:
+                embed(args, stop, processes)
+    except Stopped as stopped:
+        print(f"{stopped}; what is embedded is kept, the same command goes on from there")
+        return stopped.status
     return 0
 
 
@@ -190,24 +191,44 @@ def embed(args: argparse.Namespace, stop: StopRequest, processes: Processes) -> 
         embedder = load_embedder(args, choose_device(args.device, processes))
         source = open_source(args, embedder.image_size)
         check_crop_size(embedder.model.backbone_name, crop_size(source.image_size))
-    out = Path(args.out)
     shard = args.shard or (processes.share if processes.count > 1 else None)
     if shard:
-        earlier = [] if args.overwrite else [out]
-        part = source.part(*shard, args.test_batch)
-        write(args, embedder, part, shard_of(out, *shard), earlier, stop)
+        embed_shard(args, embedder, source, shard, stop)
         processes.largest(0)  # until all shards are done
-    if args.shard or not processes.is_first:
-        return
+    if args.shard is None and processes.is_first:
+        embed_rest(args, embedder, source, stop)
+
+
+def embed_shard(
+    args: argparse.Namespace,
+    embedder: Embedder,
+    source: FileSource,
+    shard: tuple[int, int],
+    stop: StopRequest,
+) -> None:
+    """Embed a part of the images to a file of its own, which lasts until all parts are joined."""
+    out = Path(args.out)
+    file = shard_of(out, *shard)
+    others = [] if args.overwrite else [out, *shards_there(out)]
+    others = [other for other in others if other != file]
+    write(args, embedder, source.part(*shard, args.test_batch), file, others, stop)
+
+
+def embed_rest(
+    args: argparse.Namespace, embedder: Embedder, source: FileSource, stop: StopRequest
+) -> None:
+    """Join the shards that are there, embed what they lack, and remove them."""
+    out = Path(args.out)
     shards = shards_there(out)
     with ExitStack() as locks:
         for file in shards:
             locks.callback(Lock(file).release)
-        write(args, embedder, source, out, shards, stop)
+            take_back(file)
+        is_new = write(args, embedder, source, out, shards, stop)
         for file in shards:
             remove_embeddings(file)
     rows = np.load(out, mmap_mode="r")
-    n_alike = count_alike(rows)
+    n_alike = count_alike(rows) if is_new else 0
     if n_alike > MANY_ALIKE * len(rows):
         print(f"{n_alike} images have the embedding of another one; do they show anything?")
 
@@ -219,18 +240,22 @@ def write(
     out: Path,
     others: Sequence[Path],
     stop: StopRequest,
-) -> None:
+) -> bool:
     """Embed the images of a source that no file has yet, in batches that are appended to `out`.
 
-    others: files of other names that may have some of the rows.
+    others: files of other names that may have some of the rows. Returns False if all was there.
     """
+    is_shard = out != Path(args.out)
     with stop.at_once():
         facts = embedder.facts | embedder.location | source.facts()
         facts["dtype"] = "float16" if args.half else "float32"
-        writer = EmbeddingWriter(out, facts, args.overwrite, source.shares_images, others)
+        if is_shard:
+            writer = shard_writer(out, facts, others, args.overwrite)
+        else:
+            writer = EmbeddingWriter(out, facts, args.overwrite, source.shares_images, others)
     if writer.complete:
         print(f"{out}: is complete already, {writer.rows} rows")
-        return
+        return False
     if writer.images:
         print(f"{out}: going on after {writer.images} of {len(source)} images")
     source.earlier_rows = writer.earlier_rows
@@ -244,7 +269,7 @@ def write(
                 crops.rows(embedder.embed_crops, embedder.dimension), crops.listed, crops.unreadable
             )
             stop.check()
-        if writer.rows == 0 and out == Path(args.out):
+        if writer.rows == 0 and not is_shard:
             writer.discard()
             raise UserError(f"{args.images}: none of its images can be read")
         changes = writer.finish()
@@ -256,6 +281,19 @@ def write(
     )
     if writer.unreadable:
         print(f"{len(writer.unreadable)} unreadable images are left out, see the .json")
+    return True
+
+
+def shard_writer(
+    file: Path, facts: dict, others: Sequence[Path], overwrite: bool
+) -> EmbeddingWriter:
+    """Open a shard, go on with it, or overwrite one of another network."""
+    try:
+        return EmbeddingWriter(file, facts, others=others)
+    except UserError:
+        if not overwrite:
+            raise
+    return EmbeddingWriter(file, facts, True, others=others)
 
 
 def open_source(args: argparse.Namespace, image_size: int) -> FileSource | ArraySource:

@@ -101,7 +101,7 @@ def measure(way: str, source: str | None, count: int) -> dict[str, float]:
 def compare(options: argparse.Namespace, count: int) -> dict[str, Any]:
     """Go each way several times, each time in a new process."""
     ways = {}
-    for way in WAYS:
+    for way in options.ways:
         if count > {WAYS[0]: DIRECT_UP_TO, WAYS[2]: EXACT_UP_TO}.get(way, count):
             continue
         turns = []
@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--embeddings", type=path_name, metavar="FILE.npy", help="of embed.py (default: drawn)")
     add("--sizes", type=whole(100), nargs="+", default=[10_000, 100_000], help="images")
+    add("--ways", choices=WAYS, nargs="+", default=WAYS, help="which to go")
     options = parser.parse(list(argv or sys.argv[1:]))
     sizes = [TINY[0]] if options.tiny else options.sizes
     result: dict[str, Any] = {"data": "rows of a file" if options.embeddings else "drawn rows"}

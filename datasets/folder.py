@@ -102,10 +102,10 @@ class FileSource:
         return ImageBatch(torch.from_numpy(center_crop(pixels)), listed, earlier, unreadable)
 
     def part(self, number: int, count: int, batch_size: int) -> FileSource:
-        """Return part `number` (from 0) of `count`, of whole batches, as a source of its own."""
-        n_batches = -(-len(self) // batch_size)
-        start, stop = (batch_size * (n_batches * n // count) for n in (number, number + 1))
-        return FileSource(self.paths[start:stop], self.image_size, self.workers)
+        """Return every `count`-th batch, from batch `number` on, as a source of its own."""
+        starts = range(number * batch_size, len(self), count * batch_size)
+        paths = [path for start in starts for path in self.paths[start : start + batch_size]]
+        return FileSource(paths, self.image_size, self.workers)
 
     def shares_images(self, earlier_rows: KnownRows) -> bool:
         """Return whether rows of some of the images are known; of renamed files a few tell."""

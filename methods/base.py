@@ -163,7 +163,7 @@ class Method(nn.Module):
         Raises UserError for more clusters than images.
         """
         exact = partial(kmeans, n_init=1)
-        clustered = approximate_kmeans if is_large(len(space), n_cluster) else exact
+        clustered = approximate_kmeans if is_large(space, n_cluster) else exact
 
         def work() -> tuple[Tensor, Tensor]:
             seed = self.options.seed + epoch

@@ -82,7 +82,9 @@ def score_starts(pooled: Sequence[Tensor], parts: Sequence[Tensor], index: Tenso
 
 def _thinned(index: Tensor, most: int) -> Tensor:
     """Return at most so many of some numbers (n,), evenly spaced."""
-    return index[:: -(-len(index) // most)]
+    if len(index) <= most:
+        return index
+    return index[torch.linspace(0, len(index) - 1, most).long()]
 
 
 def best_of(starts: Sequence[Start]) -> Start:

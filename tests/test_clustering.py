@@ -126,6 +126,17 @@ def test_approximate_clusters_are_nearly_as_good(make):
     assert exact < inertia < 1.05 * exact
 
 
+@pytest.mark.parametrize("share", [0.7, 0.9, 0.98])
+def test_approximate_clusters_of_many_equal_rows(share):
+    features = gaussians(6000, 16, 40, 1.0)
+    features[: int(share * 6000)] = features[0]
+    features *= np.random.default_rng(1).pareto(0.5, (6000, 1)).astype(np.float32).clip(1, 1e3)
+    assignments, centroids, inertia = approximate_kmeans(features, 1000, max_iter=50, seed=1)
+    assert assignments.min() >= 0 and np.isfinite(centroids).all()
+    literal = np.square((features - centroids[assignments]).astype(np.float64)).sum()
+    assert inertia == pytest.approx(literal, rel=1e-2)
+
+
 @pytest.mark.parametrize("k", [1, 2, 39, 40])
 def test_approximate_clusters_at_the_limits(k):
     features = np.repeat(gaussians(4, 3, 4, 1.0), 10, 0)  # ten of each

@@ -45,12 +45,6 @@ def assert_as_one_process(made: Path, out: Path) -> None:
     assert sorted(path.name for path in out.parent.iterdir()) == ["e.csv", "e.json", "e.npy"]
 
 
-@pytest.fixture
-def no_network(monkeypatch) -> None:
-    """Fail when an image goes through the network."""
-    monkeypatch.setattr(Embedder, "embed_crops", None)
-
-
 @pytest.mark.parametrize("count", [1, 4, 9])
 def test_shards_are_joined(made, tmp_path, monkeypatch, count):
     out = tmp_path / "e.npy"
@@ -88,17 +82,89 @@ def test_a_stopped_shard_goes_on(made, tmp_path, monkeypatch):
     assert_as_one_process(made, out)
 
 
-def test_shards_of_another_count_and_an_earlier_file_are_taken_over(made, tmp_path, no_network):
+def test_shards_of_another_count_and_an_earlier_file_are_taken_over(made, tmp_path, monkeypatch):
     out = tmp_path / "e.npy"
-    for kind in ("npy", "csv"):
-        shutil.copy((made / "whole.npy").with_suffix(f".{kind}"), out.with_suffix(f".{kind}"))
-    facts = json.loads((made / "whole.json").read_text())
-    out.with_suffix(".json").write_text(json.dumps(facts | {"source": "before a photo was added"}))
+    assert embed(made, out, "--shard", "1/2").code == 0
+    copy_whole(made, out, source="before a photo was added")
+    monkeypatch.setattr(Embedder, "embed_crops", None)
     result = embed(made, out, "--shard", "2/3")
     assert result.code == 0 and "e.shard-2-of-3.npy: 4 rows" in result.out
     result = embed(made, out)
     assert result.code == 0 and "e.npy: 12 kept" in result.out
     assert_as_one_process(made, out)
+
+
+def test_a_shard_takes_what_other_shards_have(made, tmp_path, monkeypatch):
+    out = tmp_path / "e.npy"
+    for number in (1, 2):
+        assert embed(made, out, "--shard", f"{number}/2").code == 0
+    monkeypatch.setattr(Embedder, "embed_crops", None)
+    for number in (1, 2, 3):
+        assert embed(made, out, "--shard", f"{number}/3").code == 0
+    assert embed(made, out).code == 0
+    assert_as_one_process(made, out)
+
+
+def test_shards_that_overwrite(made, tmp_path, monkeypatch):
+    """Shards of another network go; those of this one are not made twice."""
+    out = tmp_path / "e.npy"
+    save_network(tmp_path / "other.pth", seed=6)
+    words = ["--images", made / "photos", "--out", out, "--device", "cpu", "--test_batch", 2]
+    other = [*words, "--checkpoint_path", tmp_path / "other.pth"]
+    for shard in ("1/2", "1/3"):
+        assert run_in_process("embed.py", *other, "--shard", shard).code == 0
+    failed(embed(made, out, "--shard", "1/2"), "of another network")
+    assert embed(made, out, "--shard", "1/2", "--overwrite").code == 0
+    done = embed(made, out, "--shard", "1/2", "--overwrite")
+    assert "e.shard-1-of-2.npy: is complete already" in done.out
+    assert embed(made, out, "--overwrite").code == 0
+    (tmp_path / "other.pth").unlink()
+    assert_as_one_process(made, out)
+
+
+def test_a_join_removes_nothing_but_shards(made, tmp_path):
+    names = [
+        "e.shard-1-of-2_hits.json",
+        "e.shard-1-of-2.json.txt",
+        "ee.shard-1-of-2.json",
+        "e.csv2",
+    ]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    out = tmp_path / "e.npy"
+    assert embed(made, out, "--shard", "2/2").code == 0
+    assert embed(made, out).code == 0
+    for name in names:
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    assert_as_one_process(made, out)
+
+
+def test_a_folder_that_changes_between_shards_and_join(made, tmp_path):
+    folder = tmp_path / "place"
+    shutil.copytree(made, folder)
+    out = folder / "e.npy"
+    bad = folder / "photos/bad.jpg"
+    bad.write_bytes(b"no image")
+    assert embed(folder, out, "--shard", "1/2", "--skip_bad", "--half").code == 0
+    make_photos(folder / "photos/aa", first=30)
+    assert embed(folder, out, "--shard", "2/2", "--skip_bad", "--half").code == 0
+    result = embed(folder, out, "--skip_bad", "--half")
+    assert result.code == 0 and "24 rows" in result.out and "1 unreadable" in result.out
+    assert embed(folder, folder / "scratch.npy", "--skip_bad", "--half").code == 0
+    rows = np.load(out)
+    assert rows.dtype == np.float16
+    np.testing.assert_allclose(rows, np.load(folder / "scratch.npy"), atol=1e-3)
+    assert out.with_suffix(".csv").read_bytes() == (folder / "scratch.csv").read_bytes()
+    assert not list(folder.glob("e.shard*"))
+
+
+def copy_whole(made: Path, out: Path, **facts: object) -> None:
+    """Put the finished files under another name, with some facts changed."""
+    for kind in ("npy", "csv"):
+        shutil.copy((made / "whole.npy").with_suffix(f".{kind}"), out.with_suffix(f".{kind}"))
+    whole = json.loads((made / "whole.json").read_text())
+    out.with_suffix(".json").write_text(json.dumps(whole | facts))
 
 
 def test_refused(made, tmp_path, monkeypatch):

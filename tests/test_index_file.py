@@ -29,9 +29,10 @@ def rows() -> np.ndarray:
 
 
 def kept(
-    rows: np.ndarray, file: Path, kind: str | None = None, network: str = "net"
+    rows: np.ndarray, file: Path, kind: str | None = None, network: str = "net", **other: object
 ) -> tuple[Index, str]:
     facts = {"network_sha256": network, "source": hashlib.sha256(rows.tobytes()).hexdigest()}
+    facts |= {"checkpoint": file.name, "flip_eval": False} | other
     return kept_index(Embeddings(rows, {}, facts), file, kind, **OPTIONS)
 
 
@@ -76,6 +77,17 @@ def test_equal_rows_have_keys_of_their_own(rows):
     keys = row_keys(rows)
     assert len(np.unique(keys)) == 900
     assert keys["number"][[3, 7, 40]].tolist() == [0, 1, 2] and keys["number"].sum() == 3
+
+
+def test_rows_of_the_same_images_by_other_settings(tmp_path, rows):
+    file = tmp_path / "photos.index"
+    kept(rows, file, source="same")
+    turned = np.ascontiguousarray(rows[:, ::-1])
+    assert kept(rows, file, source="same", checkpoint="moved")[1] == "opened"
+    index, done = kept(turned, file, source="same", flip_eval=True)
+    assert done == "built anew, as 900 rows are gone"
+    assert_finds(index, turned, is_exact=True)
+    assert kept(rows[:, :8].copy(), file, source="same", layers="last2")[1].startswith("built anew")
 
 
 def test_what_does_not_fit_is_refused(tmp_path, rows):

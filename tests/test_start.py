@@ -15,6 +15,7 @@ from training import assert_same, resumed, stopped, trained
 
 from datasets.arrays import load_split
 from datasets.views import part_crops
+from models import start
 from models.closed_form import Spectrum
 from models.start import score_starts
 from utils.errors import UserError
@@ -74,6 +75,12 @@ def test_copies_of_an_image_keep_the_frozen_features():
     for kind, centered in (("svd", False), ("whiten", True)):
         weight, bias = Spectrum.of(copies[0], centered).head(10, 0.5)
         assert weight.isfinite().all() and bias.isfinite().all(), kind
+
+
+def test_many_images_are_judged_by_heads_of_some():
+    assert start._thinned(torch.arange(50), 50).equal(torch.arange(50))
+    thinned = start._thinned(torch.arange(51), 50)
+    assert len(thinned.unique()) == 50 and (thinned[0], thinned[-1]) == (0, 50)
 
 
 def test_few_images_keep_the_frozen_features():

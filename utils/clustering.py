@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
@@ -75,8 +76,8 @@ def kmeans(
     seed = seed % 2**31  # the range of faiss
     if pick_engine(engine) == "faiss":
         rows, center = _centered(matrix)
-        uses_gpu = matrix.is_cuda and not torch.are_deterministic_algorithms_enabled()
-        assignments, centroids, inertia = _by_faiss(rows, k, n_init, max_iter, seed, uses_gpu)
+        place = _uses_gpu(matrix)
+        assignments, centroids, inertia = _by_faiss(rows, k, n_init, max_iter, seed, place)
         return _results(features, assignments, centroids + center, inertia)
     rows = np.ascontiguousarray(matrix.cpu().numpy(), dtype=np.float32)
     return _results(features, *_by_sklearn(rows, k, n_init, max_iter, seed))
@@ -97,7 +98,7 @@ def _by_faiss(
             early_stop_threshold=EARLY_STOP,
             min_points_per_centroid=1,
             max_points_per_centroid=len(rows),
-            gpu=1 if uses_gpu and faiss.get_num_gpus() > 0 else 0,
+            gpu=int(uses_gpu),
         )
         start = kmeans_plusplus(rows, k, random_state=random)[0] if k <= GREEDY_UP_TO else None
         clustering.train(rows, init_centroids=start)
@@ -114,9 +115,11 @@ def _by_sklearn(rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int)
     return clustering.labels_, clustering.cluster_centers_, float(clustering.inertia_)
 
 
-def is_large(n_rows: int, k: int) -> bool:
-    """Return whether to leave k-means of so many rows into k clusters to `approximate_kmeans`."""
-    return n_rows * k > MOST_DISTANCES and faiss is not None
+def is_large(features: Tensor | np.ndarray, k: int) -> bool:
+    """Return whether to leave k-means of these rows into k clusters to `approximate_kmeans`."""
+    if faiss is None or len(features) * k <= MOST_DISTANCES:
+        return False
+    return not (isinstance(features, Tensor) and _uses_gpu(features))
 
 
 def approximate_kmeans(
@@ -130,29 +133,62 @@ def approximate_kmeans(
     Args and results are those of `kmeans`. Raises as it does, and UserError without faiss.
     """
     pick_engine("faiss")
-    matrix = _checked(features, k)
-    rows, center = _centered(matrix)
+    rows, center = _centered(_checked(features, k))
     n_cells = max(1, min(round(math.sqrt(NPROBE * k)), k))
     cells = faiss.IndexIVFFlat(faiss.IndexFlatL2(rows.shape[1]), rows.shape[1], n_cells)
-    cells.nprobe = NPROBE
+    cells.cp.seed = seed % 2**31
     cells.cp.min_points_per_centroid = 1
     cells.cp.max_points_per_centroid = 64
-    clustering = faiss.Clustering(rows.shape[1], k)
-    clustering.seed = cells.cp.seed = seed % 2**31
-    clustering.niter = max_iter
-    clustering.min_points_per_centroid = 1
-    clustering.max_points_per_centroid = len(rows)
-    clustering.early_stop_threshold = EARLY_STOP_APPROXIMATE
     cells.train(rows)
     order = cells.quantizer.search(rows, 1)[1][:, 0].argsort(kind="stable")
     rows = rows[order]  # the rows of a cell one after the other: its centroids stay in the cache
-    clustering.train(rows, cells)
-    centroids = faiss.vector_to_array(clustering.centroids).reshape(k, -1)
-    distances, found = cells.search(rows, 1)
+    centroids = rows[np.random.default_rng(seed).permutation(len(rows))[:k]]
+    distances, nearest = _nearest_in_cells(cells, rows, centroids)
+    for _ in range(max_iter):
+        before = distances.sum(dtype=np.float64)
+        centroids = _means(rows, nearest, distances, centroids)
+        distances, nearest = _nearest_in_cells(cells, rows, centroids)
+        if before - distances.sum(dtype=np.float64) <= EARLY_STOP_APPROXIMATE * before:
+            break
     assignments = np.empty(len(rows), np.int64)
-    assignments[order] = found[:, 0]
+    assignments[order] = nearest
     inertia = float(distances.sum(dtype=np.float64))
     return _results(features, assignments, centroids + center, inertia)
+
+
+def _nearest_in_cells(
+    cells: faiss.IndexIVFFlat, rows: np.ndarray, centroids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return squared distance and number of the nearest centroid (N,) in the nearest cells that
+    hold any.
+    """
+    cells.reset()
+    cells.add(centroids)
+    filled = np.flatnonzero([cells.get_list_size(number) for number in range(cells.nlist)])
+    middles = cells.quantizer.reconstruct_n(0, cells.nlist)[filled]
+    to_middles, numbers = faiss.knn(rows, middles, min(NPROBE, len(filled)))
+    cells.nprobe = numbers.shape[1]
+    distances, nearest = cells.search_preassigned(rows, 1, filled[numbers], to_middles)
+    return distances[:, 0], nearest[:, 0]
+
+
+def _means(
+    rows: np.ndarray, assignments: np.ndarray, distances: np.ndarray, centroids: np.ndarray
+) -> np.ndarray:
+    """Return the mean of each cluster (K, D); one without rows gets a row that lies far out."""
+    members = csr_array((np.ones(len(rows), np.float32), assignments, np.arange(len(rows) + 1)))
+    members.resize(len(rows), len(centroids))
+    counts = np.bincount(assignments, minlength=len(centroids))
+    means = (members.T @ rows) / np.maximum(counts, 1)[:, None].astype(np.float32)
+    empty = np.flatnonzero(counts == 0)
+    means[empty] = rows[np.argsort(-distances, kind="stable")[: len(empty)]]
+    return means
+
+
+def _uses_gpu(matrix: Tensor) -> bool:
+    """Return whether faiss clusters these rows on a GPU."""
+    is_free = matrix.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    return is_free and faiss.get_num_gpus() > 0
 
 
 def _checked(features: Tensor | np.ndarray, k: int) -> Tensor:

@@ -11,9 +11,9 @@ write: files of a part of the images.
 from __future__ import annotations
 
 import csv
-import glob
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -121,17 +121,21 @@ class EmbeddingWriter:
         self._dtype = np.dtype(facts["dtype"]).newbyteorder("<")
         self._lock = Lock(file)
         try:
-            self._decide(overwrite, shares, others)
+            self._decide(file, overwrite, shares, others)
         except BaseException:
             self._lock.release()
             raise
 
     def _decide(
-        self, overwrite: bool, shares: Callable[[KnownRows], bool], others: Sequence[Path]
+        self,
+        file: Path,
+        overwrite: bool,
+        shares: Callable[[KnownRows], bool],
+        others: Sequence[Path],
     ) -> None:
         """Look at what is there, and open what is to be written."""
         if not overwrite:
-            self._take_back()
+            take_back(file)
         finished = None if overwrite else self._read_same(self._paths)
         part = self._read_part(overwrite)
         self.complete = self._has_same_images(finished) and not finished["unreadable"]
@@ -148,7 +152,7 @@ class EmbeddingWriter:
         self._files = files = [file for file in files if len(file.rows)]
         if files and not shares(KnownRows(files)):
             raise UserError(f"{self._paths['npy']}: is of other images; {ADVICE}")
-        self.earlier_rows = KnownRows([*files, *self._open_others(others)])
+        self.earlier_rows = KnownRows([*files, *self._open_others(others, overwrite)])
         if not goes_on:
             self._set_aside(part)
             part = None
@@ -212,13 +216,6 @@ class EmbeddingWriter:
                     step()
         self._lock.release()
 
-    def _take_back(self) -> None:
-        """Undo the renaming of a run that was killed in `finish`."""
-        if self._parts["json"].exists() and not self._paths["json"].exists():
-            for kind in ("npy", "csv"):
-                if self._paths[kind].exists() and not self._parts[kind].exists():
-                    os.replace(self._paths[kind], self._parts[kind])
-
     def _read_part(self, overwrite: bool) -> dict | None:
         """Read the facts of the unfinished file; to overwrite, only those of the very same."""
         try:
@@ -232,9 +229,19 @@ class EmbeddingWriter:
     def _earlier_files(self) -> list[Embeddings]:
         return [_open(paths) for paths in (self._before, self._paths) if self._read_same(paths)]
 
-    def _open_others(self, files: Sequence[Path]) -> list[Embeddings]:
-        places = [_paths_of(file, ending) for file in files for ending in ("", ".part")]
-        return [_open(paths) for paths in places if self._read_same(paths)]
+    def _open_others(self, files: Sequence[Path], overwrite: bool) -> list[Embeddings]:
+        """Open files of the same network; those of another one are an error, or overwritten."""
+        opened = []
+        for paths in (_paths_of(file, ending) for file in files for ending in ("", ".part")):
+            try:
+                if self._read_same(paths):
+                    opened.append(_open(paths))
+            except FileNotFoundError:  # its process has just finished or joined it
+                continue
+            except UserError:
+                if not overwrite:
+                    raise
+        return opened
 
     def _set_aside(self, part: dict | None) -> None:
         """Keep an unfinished file of other images for its rows, unless an earlier one has more."""
@@ -352,9 +359,20 @@ def shard_of(file: Path, number: int, count: int) -> Path:
 
 def shards_there(file: Path) -> list[Path]:
     """Return the shards of a file of embeddings that are there, finished or not."""
-    json_files = file.parent.glob(f"{glob.escape(file.stem)}.shard-*-of-*.json*")
-    names = {path.name.partition(".json")[0] for path in json_files}
-    return sorted(file.with_name(f"{name}.npy") for name in names)
+    pattern = re.compile(
+        re.escape(file.stem) + r"(\.shard-\d+-of-\d+)\.(npy|csv|json)(\.part|\.before)?"
+    )
+    names = (pattern.fullmatch(name) for name in os.listdir(file.parent))
+    return sorted({file.with_name(f"{file.stem}{name[1]}.npy") for name in names if name})
+
+
+def take_back(file: Path) -> None:
+    """Undo the renaming of a run that was killed in `EmbeddingWriter.finish`."""
+    paths, parts = _paths_of(file), _paths_of(file, ".part")
+    if parts["json"].exists() and not paths["json"].exists():
+        for kind in ("npy", "csv"):
+            if paths[kind].exists() and not parts[kind].exists():
+                os.replace(paths[kind], parts[kind])
 
 
 def remove_embeddings(file: Path) -> None:

@@ -115,7 +115,7 @@ class Lock:
         is_ours = lock_file(self._handle.fileno())
         if not is_ours or not self._is_there():
             self._handle.close()
-            raise UserError(f"{file}: another process is writing it; choose another name")
+            raise UserError(f"{file}: another process is writing it; wait, or take another name")
 
     def _is_there(self) -> bool:
         """Return whether the locked file is the one that has the name, not a removed one."""

@@ -1,7 +1,8 @@
 """An index that stays on the disk: built once, memory-mapped afterwards, grown with its rows.
 
 `FILE` is faiss's own. `FILE.npz` holds the hash of the row at each place of it, the number of that
-row, and the facts: of which network and images the rows are, and the kind of the index.
+row, and the facts: of which network the rows are, the kind of the index, and a hash of all facts of
+the rows, by which an index that fits is known.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from utils.embeddings import Embeddings
+from utils.embeddings import NOT_COMPARED, Embeddings
 from utils.errors import UserError
 from utils.files import written_whole
 from utils.index import Index, check_faiss, faiss
@@ -42,7 +43,8 @@ def kept_index(
         raise UserError(f"{file}: an index of the kind {facts_there['kind']}; name another file")
     kind = kind or facts_there.get("kind", "exact")
     rows = embeddings.rows
-    images = f"{embeddings.facts['source']}, {len(rows)} rows"
+    facts_of_rows = {k: v for k, v in embeddings.facts.items() if k not in NOT_COMPARED}
+    images = hashlib.sha256(json.dumps(facts_of_rows, sort_keys=True).encode()).hexdigest()
     facts = {"network": network, "images": images, "kind": kind}
     is_torn = opened is not None and opened.ntotal != len(arrays["keys"])  # by a kill
     if facts_there.get("images") == images and not is_torn:
