@@ -2,8 +2,8 @@
 
     python benchmarks/stages.py -- train.py --dataset car196 --recipe best --backbone resnet18
 
-On a GPU the clock waits for it at the
-ends of each stage, so that the whole takes longer than without a clock.
+On a GPU the clock waits for it at the ends of each stage, so that the whole takes longer than
+without a clock.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
-import methods.base
 from benchmarks import paired
 from embedder import Embedder
-from methods import METHODS
+from methods import METHODS, Method
 from models import CBSwR
 from utils.embeddings import EmbeddingWriter
 from utils.errors import run_script
@@ -116,8 +115,8 @@ def replacements(script: ModuleType, clock: Clock) -> Iterator[tuple[object, str
     yield timed(torch.Tensor, "backward", "training, backward")
     for optimizer in (torch.optim.SGD, torch.optim.AdamW):
         yield timed(optimizer, "step", "training, optimizer")
-    yield timed(methods.base, "nearest_neighbors", "neighbors")
-    yield timed(methods.base, "kmeans", "k-means")
+    yield timed(Method, "mine", "neighbors")
+    yield timed(Method, "cluster", "k-means")
     yield timed(RunFolder, "save", "checkpoint")
     yield timed(Embedder, "embed_crops", "features, network")
     yield timed(EmbeddingWriter, "add", "writing")

@@ -155,6 +155,14 @@ def test_recall_of_an_approximate_index(kind):
         assert np.array_equal(values, expected)
 
 
+def test_exact_search_in_blocks(monkeypatch):
+    rows = np.random.default_rng(0).standard_normal((299, 8)).astype(np.float16)
+    queries = rows[::7].astype(np.float32)
+    expected = Index(rows).search(queries, 5)[1]
+    monkeypatch.setattr(utils.index, "BLOCK", 148)  # the last block has fewer rows than asked for
+    assert np.array_equal(nearest_exactly(rows, queries, 5), expected)
+
+
 def test_approximate_neighbors():
     rng = np.random.default_rng(0)
     centers = rng.standard_normal((40, 8))[rng.integers(0, 40, 3000)]

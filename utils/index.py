@@ -214,6 +214,6 @@ def approximate_neighbors(rows: np.ndarray, k: int, nprobe: int = 16) -> np.ndar
     numbers[order] = index.faiss.search(rows[order], k + 1)[1]
     own = np.arange(len(rows))[:, None]
     comes_last = (numbers == own) | (numbers < 0)
-    order = comes_last.argsort(axis=1, kind="stable")
-    numbers = np.take_along_axis(numbers, order, 1)[:, :k]
+    places = comes_last.argsort(axis=1, kind="stable")
+    numbers = np.take_along_axis(numbers, places, 1)[:, :k]
     return np.where(numbers < 0, own, numbers)
