@@ -159,16 +159,21 @@ def approximate_kmeans(
 def _nearest_in_cells(
     cells: faiss.IndexIVFFlat, rows: np.ndarray, centroids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return squared distance and number of the nearest centroid (N,) in the nearest cells that
-    hold any.
-    """
+    """Return squared distance and number of the nearest centroid (N,) in the nearest cells."""
     cells.reset()
     cells.add(centroids)
-    filled = np.flatnonzero([cells.get_list_size(number) for number in range(cells.nlist)])
-    middles = cells.quantizer.reconstruct_n(0, cells.nlist)[filled]
-    to_middles, numbers = faiss.knn(rows, middles, min(NPROBE, len(filled)))
-    cells.nprobe = numbers.shape[1]
-    distances, nearest = cells.search_preassigned(rows, 1, filled[numbers], to_middles)
+    cells.nprobe = NPROBE
+    distances, nearest = cells.search(rows, 1)
+    missed = np.flatnonzero(nearest[:, 0] < 0)  # the nearest cells hold no centroid
+    if len(missed):
+        sizes = [cells.get_list_size(number) for number in range(cells.nlist)]
+        filled = np.flatnonzero(sizes)
+        middles = cells.quantizer.reconstruct_n(0, cells.nlist)[filled]
+        asked = rows[missed]
+        to_middles, numbers = faiss.knn(asked, middles, min(NPROBE, len(filled)))
+        cells.nprobe = numbers.shape[1]
+        result = cells.search_preassigned(asked, 1, filled[numbers], to_middles)
+        distances[missed], nearest[missed] = result
     return distances[:, 0], nearest[:, 0]
 
 
