@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import utils.threads  # noqa: F401
@@ -20,14 +19,7 @@ import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 from reports.sheets import MOST_ROWS, SheetRow, Tile, contact_sheet
-from utils.clustering import (
-    FEWEST_CLUSTERS,
-    approximate_kmeans,
-    choose_k,
-    distances_to,
-    is_large,
-    kmeans,
-)
+from utils.clustering import FEWEST_CLUSTERS, choose_k, distances_to, kmeans_of_any_size
 from utils.duplicates import duplicate_groups
 from utils.embeddings import Embeddings, check_apart, open_embeddings
 from utils.errors import UserError, run_script
@@ -121,9 +113,9 @@ def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
         k, stability = choose_k(rows, args.seed, bar)
         shares = ", ".join(f"{count} {value:.2f}" for count, value in stability.items())
         print(f"{k} clusters; stability by number of clusters: {shares}")
-    exact = partial(kmeans, n_init=STARTS)
-    clustered = approximate_kmeans if is_large(rows, k) else exact
-    clusters, centers, _ = clustered(rows, k, max_iter=ITERATIONS, seed=args.seed)
+    clusters, centers, _ = kmeans_of_any_size(
+        rows, k, n_init=STARTS, max_iter=ITERATIONS, seed=args.seed
+    )
     by_size = np.argsort(-np.bincount(clusters, minlength=k), kind="stable")
     clusters = np.argsort(by_size)[clusters]
     distances = distances_to(rows, centers[by_size], clusters)

@@ -52,14 +52,8 @@ def speed_lines() -> Iterator[list[str]]:
                 nmi = ""
                 if "nmi_mean" in measured:
                     nmi = f"{100 * measured['nmi_mean']:.1f} ± {100 * measured['nmi_std']:.1f}"
-                yield [
-                    title,
-                    way,
-                    number(seconds),
-                    f"{seconds / first:.2g}",
-                    nmi,
-                    place_of(machine),
-                ]
+                times = number(seconds), f"{seconds / first:.2g}"
+                yield [title, way, *times, nmi, place_of(machine)]
 
 
 def scale_lines() -> Iterator[list[str]]:

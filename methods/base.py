@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.clustering import approximate_kmeans, is_large, kmeans
+from utils.clustering import kmeans_of_any_size
 from utils.distributed import ALONE, Processes
 from utils.errors import UserError
 from utils.features import network_autocast
@@ -162,12 +161,12 @@ class Method(nn.Module):
 
         Raises UserError for more clusters than images.
         """
-        exact = partial(kmeans, n_init=1)
-        clustered = approximate_kmeans if is_large(space, n_cluster) else exact
 
         def work() -> tuple[Tensor, Tensor]:
             seed = self.options.seed + epoch
-            result = clustered(space, n_cluster, max_iter=KMEANS_ITERATIONS, seed=seed)
+            result = kmeans_of_any_size(
+                space, n_cluster, n_init=1, max_iter=KMEANS_ITERATIONS, seed=seed
+            )
             return result[0].cpu(), result[1].cpu()
 
         return self.processes.by_first(work)

@@ -141,7 +141,7 @@ def test_many_images_are_clustered_and_searched_approximately(monkeypatch):
     monkeypatch.setattr(clustering, "MOST_DISTANCES", N_IMAGES * 5)
     monkeypatch.setattr(base, "EXACT_UP_TO", N_IMAGES - 1)
     labels, centers = method.cluster(features[1], 6, epoch=1)
-    monkeypatch.setattr(base, "kmeans", pytest.fail)  # is not asked
+    monkeypatch.setattr(clustering, "kmeans", pytest.fail)  # is not asked
     monkeypatch.setattr(base, "nearest_neighbors", None)
     again = method.cluster(features[1], 6, epoch=1)
     assert torch.equal(again[0], labels) and torch.equal(again[1], centers)

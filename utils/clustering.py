@@ -115,11 +115,18 @@ def _by_sklearn(rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int)
     return clustering.labels_, clustering.cluster_centers_, float(clustering.inertia_)
 
 
-def is_large(features: Tensor | np.ndarray, k: int) -> bool:
-    """Return whether to leave k-means of these rows into k clusters to `approximate_kmeans`."""
-    if faiss is None or len(features) * k <= MOST_DISTANCES:
-        return False
-    return not (isinstance(features, Tensor) and _uses_gpu(features))
+def kmeans_of_any_size(
+    features: Tensor | np.ndarray, k: int, *, n_init: int, max_iter: int, seed: int
+) -> tuple[Tensor, Tensor, float] | tuple[np.ndarray, np.ndarray, float]:
+    """Divide rows by `kmeans`; many rows into many clusters by `approximate_kmeans`.
+
+    Approximate are more than MOST_DISTANCES an iteration, unless a GPU computes them or faiss is
+    absent. Args and results are those of `kmeans`.
+    """
+    is_large = faiss is not None and len(features) * k > MOST_DISTANCES
+    if is_large and not (isinstance(features, Tensor) and _uses_gpu(features)):
+        return approximate_kmeans(features, k, max_iter=max_iter, seed=seed)
+    return kmeans(features, k, n_init=n_init, max_iter=max_iter, seed=seed)
 
 
 def approximate_kmeans(
