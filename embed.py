@@ -16,21 +16,21 @@ import torch
 
 from datasets.arrays import DEFAULT_IMAGE_SIZE, SMALLEST_IMAGE_SIZE, load_split
 from datasets.folder import ArraySource, FileSource, ImageBatch, batches_of
-from datasets.images import allow_pixels, find_images
+from datasets.images import allow_pixels, find_images, warn_of_equal
 from datasets.views import crop_size
 from embedder import Embedder
 from models import BACKBONES, Pooling, check_crop_size
 from models.export import export_onnx
 from utils.devices import choose_device
 from utils.distributed import Processes, joined
-from utils.embeddings import (
+from utils.embedding_writer import (
     EmbeddingWriter,
-    count_alike,
     remove_embeddings,
     shard_of,
     shards_there,
     take_back,
 )
+from utils.embeddings import count_equal
 from utils.errors import UserError, run_script
 from utils.files import Lock
 from utils.options import (
@@ -67,7 +67,6 @@ GOES_WITH = {
     "precision": "out",
 }
 SPLITS = ("all", "training", "validation")
-MANY_ALIKE = 0.1  # share of images that show the same, worth a remark
 MOST_NAMED = 3  # unreadable images that an error names
 
 
@@ -227,10 +226,9 @@ def embed_rest(
         is_new = write(args, embedder, source, out, shards, stop)
         for file in shards:
             remove_embeddings(file)
-    rows = np.load(out, mmap_mode="r")
-    n_alike = count_alike(rows) if is_new else 0
-    if n_alike > MANY_ALIKE * len(rows):
-        print(f"{n_alike} images have the embedding of another one; do they show anything?")
+    if is_new:
+        rows = np.load(out, mmap_mode="r")
+        warn_of_equal(count_equal(rows), len(rows), "embedding")
 
 
 def write(

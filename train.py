@@ -170,12 +170,32 @@ class Job:
         self.stop = stop
         self.processes = processes
         self.device = choose_device(args.device, processes)
+        self.pooled: Tensor | None = None  # of the training images, by the network as it is
+        self.load_data()
+        run.check_free(args.overwrite or bool(args.resume))
+        shared = {k: v for k, v in vars(args).items() if k not in NOT_SAVED | MACHINE}
+        processes.check_same(shared | self.data)
+        remarks = self.fit_options()
+        self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
+        saved = processes.by_first(lambda: run.load(self.data)) if args.resume else {}
+        self.make_network("none" if saved else args.weights)
+        self.images = images_on(self.device, self.training.images, args.data_on)
+        self.state = run.restore(saved, self.parts, self.device) if saved else State()
+        if saved:
+            remarks.append(f"goes on after epoch {self.state.epoch}, step {self.state.step}")
+        self.events = None
+        if processes.is_first:
+            self.open_run(remarks)
+
+    def load_data(self) -> None:
+        """Open both halves, and take what is trained on from the training half."""
+        args = self.args
         self.training = load_split(args.data_dir, args.dataset, "training", args.image_size)
         size = self.training.image_size
         self.test = load_split(args.data_dir, args.dataset, "validation", size)
-        n_alone = 0
+        self.n_alone = 0
         if self.test.labeled:
-            n_alone = check_classes(self.test.labels, self.test.is_query)
+            self.n_alone = check_classes(self.test.labels, self.test.is_query)
         self.data = {"training": self.training.fingerprint(), "validation": self.test.fingerprint()}
         self.held_out = None
         if args.val_classes:
@@ -183,51 +203,53 @@ class Job:
         if args.n_images:
             self.training = self.training.sample(args.n_images, args.seed)
         check_crop_size(args.backbone, crop_size(size))
-        run.check_free(args.overwrite or bool(args.resume))
-        shared = {k: v for k, v in vars(args).items() if k not in NOT_SAVED | MACHINE}
-        processes.check_same(shared | self.data)
-        changes = fit_to_data(args, len(self.training), processes.count)
-        self.pooled: Tensor | None = None  # of the training images, by the network as it is
+
+    def fit_options(self) -> list[str]:
+        """Settle the options that depend on the training images; returns what is worth a remark."""
+        args = self.args
+        remarks = [f"{self.training} to train on, {self.test} to test on"]
+        remarks += fit_to_data(args, len(self.training), self.processes.count)
         if args.head_init == "auto":
-            changes += self.choose_start()
-        pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
-        if args.head_init != "random" and not args.resume and "low_dim" not in args.given:
-            width = pooled_width(args.backbone, pooling)
+            remarks += self.choose_start()
+        has_closed_form = args.head_init != "random"
+        self.pooling = Pooling.parse(args.layers, args.pool, has_closed_form, args.stripes)
+        if has_closed_form and not args.resume and "low_dim" not in args.given:
+            width = pooled_width(args.backbone, self.pooling)
             low_dim = head_size(args.low_dim, len(self.training), width)
             if low_dim != args.low_dim:
-                changes.append(f"low_dim {args.low_dim} is {low_dim} for {self.training}")
+                remarks.append(f"low_dim {args.low_dim} is {low_dim} for {self.training}")
             args.low_dim = low_dim
-        self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
+        if self.n_alone:
+            remarks.append(alone_remark(self.n_alone))
+        return remarks
 
-        saved = processes.by_first(lambda: run.load(self.data)) if args.resume else {}
+    def make_network(self, weights: str) -> None:
+        """Make the network, the method that trains it, and the optimizer."""
+        args = self.args
         torch.manual_seed(args.seed)
-        weights = "none" if saved else args.weights
         n_cluster = getattr(args, "n_cluster", 32)  # of a cluster head that the method may not use
-        model = build_model(args.backbone, n_cluster, args.low_dim, weights, pooling)
+        model = build_model(args.backbone, n_cluster, args.low_dim, weights, self.pooling)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.model.base_model = share_batch_norm(self.model.base_model, processes, self.device)
+        self.model.base_model = share_batch_norm(model.base_model, self.processes, self.device)
         self.model.train_parts(args.train_stages, args.train_batch_norm)
         make_method = METHODS[args.method]
-        facts = {"n_images": len(self.training), "processes": processes}
+        facts = {"n_images": len(self.training), "processes": self.processes}
         if make_method.uses_labels:
             facts["labels"] = torch.from_numpy(self.training.class_numbers())
         self.method = make_method(self.model, args, **facts).to(self.device)
-        self.step = processes.parallel(self.method, self.device, self.method.uses_all)
-        make = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer]
-        self.optimizer = make(self.method.parameter_groups(args.lr), lr=args.lr)
+        self.step = self.processes.parallel(self.method, self.device, self.method.uses_all)
+        make_optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer]
+        self.optimizer = make_optimizer(self.method.parameter_groups(args.lr), lr=args.lr)
         self.parts = {"model": self.model, "method": self.method, "optimizer": self.optimizer}
-        self.images = images_on(self.device, self.training.images, args.data_on)
-        self.state = run.restore(saved, self.parts, self.device) if saved else State()
-        self.events = None
-        if processes.is_first:
-            run.open(self.config, self.state.rows, args.overwrite, bool(args.resume))
-            start_log(Path(args.log_dir or run.path), args.model_name)
-            changes.insert(0, f"{self.training} to train on, {self.test} to test on")
-            changes += filter(None, [alone_remark(n_alone)])
-            if saved:
-                changes.append(f"goes on after epoch {self.state.epoch}, step {self.state.step}")
-            log_start(args, self.device, changes)
-            self.events = EventFile(run.path, self.state.epoch) if args.tensorboard else None
+
+    def open_run(self, remarks: list[str]) -> None:
+        """Open the run's folder and its log, and log what is trained."""
+        args = self.args
+        self.run.open(self.config, self.state.rows, args.overwrite, bool(args.resume))
+        start_log(Path(args.log_dir or self.run.path), args.model_name)
+        log_start(args, self.device, remarks)
+        if args.tensorboard:
+            self.events = EventFile(self.run.path, self.state.epoch)
 
     def choose_start(self) -> list[str]:
         """Choose stripes and head that fit the training images, and put them into the options.
@@ -362,10 +384,11 @@ class Job:
 
     def end_epoch(self, row: dict) -> None:
         """Count an epoch as done, with these metrics: save, then print."""
+        logged = self.state.logged
         self.state.end_epoch(row)
         self.save(row.get("best", False))
         if self.processes.is_first:
-            log_epoch(row)
+            log_epoch(row, logged)
         if self.events:
             self.events.add(row)
 

@@ -28,7 +28,7 @@ from benchmarks import paired
 from embedder import Embedder
 from methods import METHODS, Method
 from models import CBSwR
-from utils.embeddings import EmbeddingWriter
+from utils.embedding_writer import EmbeddingWriter
 from utils.errors import run_script
 from utils.runs import RunFolder
 

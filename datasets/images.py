@@ -35,6 +35,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+MANY_EQUAL = 0.1  # share of images, worth a remark
 DRAFT = 2  # how much larger than the square a photo is decoded
 GRAY_BITS = (8, 12, 16, 24, 31)  # what gray values may need: of sensors, and of int32
 log = logging.getLogger(__name__)
@@ -203,6 +204,12 @@ def _say_bits(bits: int) -> None:
     log.warning(
         "gray values that stay below 2^%d in wider pixels are scaled to the full range", bits
     )
+
+
+def warn_of_equal(n_equal: int, n_images: int, share: str) -> None:
+    """Log that many images have something in common with another one, such as their pixels."""
+    if n_equal > MANY_EQUAL * n_images:
+        log.warning("%d images have the %s of another one; do they show anything?", n_equal, share)
 
 
 def find_images(folder: Path) -> list[Path]:

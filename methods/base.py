@@ -15,6 +15,7 @@ from utils.distributed import ALONE, Processes
 from utils.errors import UserError
 from utils.features import network_autocast
 from utils.index import approximate_neighbors, faiss
+from utils.options import whole
 from utils.retrieval import nearest_neighbors
 
 KMEANS_ITERATIONS = 50  # of pseudo-labels, from one start: they are made anew in each epoch
@@ -122,6 +123,17 @@ class Method(nn.Module):
             groups.append({"params": beside, "lr": lr * self.own_rate, "scale": self.own_rate})
         return groups
 
+    def make_groups(self) -> None:
+        """Have `neighbors` for the option --group. Raises UserError unless groups fill batches."""
+        group, batch_size = self.options.group, self.options.batch_size
+        if batch_size % group:
+            fitting = batch_size // group * group or group
+            raise UserError(
+                f"batch_size {batch_size}: no multiple of the group of {group}; try {fitting}"
+            )
+        if group > 1:
+            self.neighbors = torch.zeros(self.n_images, group - 1, dtype=torch.int64)
+
     @property
     def device(self) -> torch.device:
         """Where the network lies."""
@@ -179,10 +191,7 @@ class Method(nn.Module):
         return embeddings, self.processes.gather_views(index.repeat(2))
 
 
-def check_groups(group: int, batch_size: int) -> None:
-    """Raise UserError unless batches divide into groups."""
-    if batch_size % group:
-        fitting = batch_size // group * group or group
-        raise UserError(
-            f"batch_size {batch_size}: no multiple of the group of {group}; try {fitting}"
-        )
+def add_group_option(group: argparse._ArgumentGroup, default: int, others: str) -> None:
+    """Add --group, for `Method.make_groups`; others: what an image is followed by, in words."""
+    text = f"fill batches with images drawn at random and the G - 1 {others} of each"
+    group.add_argument("--group", type=whole(1), default=default, metavar="G", help=text)

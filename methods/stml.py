@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses import contextual_similarity, relaxed_contrastive_loss, self_distillation_loss
-from methods.base import Features, Method, check_groups
+from methods.base import Features, Method, add_group_option
 from utils.options import real, whole
 
 
@@ -25,13 +25,7 @@ class STML(Method):
 
     @staticmethod
     def add_options(group: argparse._ArgumentGroup) -> None:
-        group.add_argument(
-            "--group",
-            type=whole(1),
-            default=5,
-            metavar="G",
-            help="fill batches with images drawn at random and the G - 1 nearest neighbors of each",
-        )
+        add_group_option(group, 5, "nearest neighbors")
         group.add_argument(
             "--teacher_momentum",
             type=real(0, most=1),
@@ -57,7 +51,7 @@ class STML(Method):
 
     def __init__(self, model: Any, options: argparse.Namespace, n_images: int, **kwargs) -> None:
         super().__init__(model, options, n_images, **kwargs)
-        check_groups(options.group, options.batch_size)
+        self.make_groups()
         self.large = None
         if options.distill_dim:
             self.large = nn.Linear(model.pooled_dim, options.distill_dim)
@@ -67,8 +61,6 @@ class STML(Method):
         self.teacher = copy.deepcopy(nn.ModuleDict(self._student())).requires_grad_(False)
         if self.large is not None:
             self._begin(self.teacher["large"])  # weights of its own
-        if options.group > 1:
-            self.neighbors = torch.zeros(n_images, options.group - 1, dtype=torch.int64)
 
     @staticmethod
     def _begin(head: nn.Linear) -> None:

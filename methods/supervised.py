@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from methods.base import Features, Method, check_groups
+from methods.base import Features, Method, add_group_option
 from utils.errors import UserError
-from utils.options import whole
 
 PROXY_RATE = 100.0  # rate of the proxies, as a multiple of the network's, as in their paper
 
@@ -23,22 +22,14 @@ class Supervised(Method):
 
     @staticmethod
     def add_options(group: argparse._ArgumentGroup) -> None:
-        group.add_argument(
-            "--group",
-            type=whole(1),
-            default=1,
-            metavar="G",
-            help="fill batches with images drawn at random and G - 1 images of the class of each",
-        )
+        add_group_option(group, 1, "images of the class")
 
     def __init__(
         self, model: Any, options: argparse.Namespace, n_images: int, labels: Tensor, **kwargs
     ) -> None:
         super().__init__(model, options, n_images, labels, **kwargs)
-        check_groups(options.group, options.batch_size)
+        self.make_groups()
         self.register_buffer("labels", labels)
-        if options.group > 1:
-            self.neighbors = torch.zeros(n_images, options.group - 1, dtype=torch.int64)
         try:
             from pytorch_metric_learning import losses, miners
         except ImportError:

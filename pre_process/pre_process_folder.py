@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
 from datasets.arrays import SCRIPTS, UNLABELED
-from datasets.images import UnreadableError, allow_pixels, decode_image, find_images
+from datasets.images import UnreadableError, allow_pixels, decode_image, find_images, warn_of_equal
 from pre_process import raw_lists
 from pre_process.label_lists import clean_classes, folder_classes, read_labels
 from pre_process.raw_lists import Half
@@ -25,7 +25,6 @@ from utils.errors import UserError, run_script
 from utils.options import Parser, add_max_pixels, folder_name, name_of, real, whole
 
 SUBFOLDERS = "subfolders"
-MANY_ALIKE = 0.1  # share of images that show the same, worth a remark
 
 
 def make_parser() -> Parser:
@@ -87,9 +86,7 @@ def main() -> None:
     if len(paths) < len(images):
         left_out = len(images) - len(paths)
         print(f"{left_out} images of {args.images} are not listed in {args.labels}: left out")
-    n_alike = sum(half.n_alike for half in written)
-    if n_alike > MANY_ALIKE * len(paths):
-        print(f"{n_alike} images have the pixels of another one; do they show anything?")
+    warn_of_equal(sum(half.n_equal for half in written), len(paths), "pixels")
     n_bad = sum(len(half.unreadable) for half in written)
     if n_bad:
         table = f"{args.name}_{args.image_size}resized_unreadable.csv"

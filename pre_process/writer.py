@@ -38,7 +38,7 @@ class Written(NamedTuple):
     split: Half  # without the rows that were left out
     unreadable: list[tuple[Any, str]]  # source and reason of each row that was left out
     seconds: float
-    n_alike: int  # rows that have the same pixels as another one
+    n_equal: int  # rows that have the same pixels as another one
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:
@@ -112,7 +112,7 @@ def write_split(
     started = time.perf_counter()
     file = Path(f"{stem}_img.npy")
     with disk_faults(file, ELSEWHERE):
-        unreadable, n_alike = write_images(beside("img.npy"), split, image_size, rows)
+        unreadable, n_equal = write_images(beside("img.npy"), split, image_size, rows)
         left_out = [(split.sources[row], reason) for row, reason in unreadable.items()]
         if left_out:
             split = split.keep([row for row in range(len(split.sources)) if row not in unreadable])
@@ -122,7 +122,7 @@ def write_split(
             write_integers(beside("role.npy"), split.roles)
         if split.paths:
             write_table(beside("paths.csv"), ("path", "class"), path_rows(split))
-    return Written(file, split, left_out, time.perf_counter() - started, n_alike)
+    return Written(file, split, left_out, time.perf_counter() - started, n_equal)
 
 
 def write_images(

@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 
 from utils.clustering import choose_k
 from utils.duplicates import duplicate_groups
-from utils.embeddings import EmbeddingWriter
+from utils.embedding_writer import EmbeddingWriter
 
 N, CLASSES = 90, 6
 

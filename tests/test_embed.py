@@ -17,11 +17,12 @@ from PIL import Image
 from scripts import ROOT, Outcome, failed, run_in_process
 from torch.nn import functional as F
 
-import utils.embeddings
+import utils.embedding_writer
 from datasets.images import decode_image, find_images
 from embedder import Embedder
 from models import Pooling, build_model, load_checkpoint
-from utils.embeddings import EmbeddingWriter, open_embeddings
+from utils.embedding_writer import EmbeddingWriter
+from utils.embeddings import open_embeddings
 from utils.errors import UserError
 from utils.files import write_json
 from utils.signals import Stopped, StopRequest
@@ -155,8 +156,8 @@ def test_killed_it_goes_on_to_the_same_files(photos, checkpoint, tmp_path, save_
     command = ["--images", photos, "--checkpoint_path", checkpoint, "--test_batch", 2]
     assert embed(*command, "--out", tmp_path / "whole.npy").code == 0
     program = f"""
-import os, sys, embed, utils.embeddings
-utils.embeddings.SAVE_EVERY = {save_every}
+import os, sys, embed, utils.embedding_writer
+utils.embedding_writer.SAVE_EVERY = {save_every}
 embed.refuse_unreadable = lambda crops: "06.jpg" in crops.listed[0][0] and os.kill(os.getpid(), 9)
 embed.main(sys.argv[1:])
 """
@@ -201,7 +202,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, writer: EmbeddingWriter, name: st
         write_json(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils.embeddings, "write_json", write)
+        patch.setattr(utils.embedding_writer, "write_json", write)
         with pytest.raises(SystemExit):
             writer.finish()
     writer._lock.release()  # as the system does
@@ -311,12 +312,12 @@ def test_unreadable_images(photos, checkpoint, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*e.*")) == ["e.csv", "e.json", "e.npy"]
 
 
-def test_many_equal_images_are_worth_a_remark(photos, checkpoint, tmp_path):
+def test_many_equal_images_are_worth_a_remark(photos, checkpoint, tmp_path, caplog):
     for path in find_images(photos)[:3]:
         Image.new("RGBA", (30, 20)).save(path.with_suffix(".webp"))
         path.unlink()
     result = embed("--images", photos, "--checkpoint_path", checkpoint, "--out", tmp_path / "e.npy")
-    assert result.code == 0 and "3 images have the embedding of another one" in result.out
+    assert result.code == 0 and "3 images have the embedding of another one" in caplog.text
 
 
 REFUSED = [

@@ -20,7 +20,7 @@ from synthetic import shapes, write_dataset_by_chance, write_split
 
 from experiments import clusters, duplicates, few_images, runs, sensitivity, table
 from models import build_model
-from utils.embeddings import EmbeddingWriter
+from utils.embedding_writer import EmbeddingWriter
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

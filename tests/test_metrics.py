@@ -170,7 +170,7 @@ def test_images_that_are_alone_in_their_class():
     assert scores["recall@1"] == pytest.approx(0.8) and scores["map@r"] == 1
     assert check_classes(labels, np.array([1, 0, 1, 0, 1], bool)) == 1
     assert check_classes(labels, np.array([1, 1, 1, 0, 0], bool)) == 2
-    assert "1 test images have no other one" in alone_remark(1) and alone_remark(0) == ""
+    assert "1 test images have no other one" in alone_remark(1)
     for wrong in (np.arange(5), np.zeros(5)):
         with pytest.raises(UserError, match="nothing to score"):
             check_classes(wrong)

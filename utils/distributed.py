@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,16 +88,14 @@ class Processes:
             return rows
         return rows.reshape(2, self.count, -1, *rows.shape[1:])[:, self.rank].flatten(0, 1)
 
-    def gather_batches(self, batches: Sequence[Tensor]) -> Tensor:
-        """Return all rows in order, on the CPU; this process holds the batches rank, rank + count,
-        ...
-        """
+    def gather_batches(self, batches: list) -> list:
+        """Return all batches in order; this process holds the batches rank, rank + count, ..."""
         if self.count == 1:
-            return torch.cat(list(batches))
-        gathered: list[list[Tensor]] = [[] for _ in range(self.count)]
-        dist.all_gather_object(gathered, list(batches))
+            return batches
+        gathered: list[list] = [[] for _ in range(self.count)]
+        dist.all_gather_object(gathered, batches)
         total = sum(map(len, gathered))
-        return torch.cat([gathered[n % self.count][n // self.count] for n in range(total)])
+        return [gathered[n % self.count][n // self.count] for n in range(total)]
 
     def largest(self, number: int) -> int:
         """Return the largest of every process's number."""

@@ -52,9 +52,7 @@ def check_classes(labels: np.ndarray, is_query: np.ndarray | None = None) -> int
 
 
 def alone_remark(n_alone: int) -> str:
-    """Say how queries without an image to find count, "" if there are none."""
-    if n_alone == 0:
-        return ""
+    """Say how queries without an image to find count."""
     return (
         f"{n_alone} test images have no other one of their class to find: R@K counts them as "
         "misses, MAP@R and R-precision leave them out"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ def network_autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-@torch.inference_mode()
 def pooled_features(
     model: Any,
     batches: Iterable[Tensor],
@@ -29,29 +29,23 @@ def pooled_features(
 ) -> list[Tensor]:
     """Compute the features (N, C) of images by each of several poolings, on the CPU.
 
-    Rows are float32 of unit length. The model stays in evaluation mode.
+    Rows are float32 of unit length.
 
     Args:
-        batches: as in `extract_features`.
+        batches, flip: as in `extract_features`.
         poolings: of layers that the model pools, as `models.Pooling`.
-        flip: average the pooled features of image and mirror image.
 
     Raises DivergedError if a feature is not finite.
     """
-    device = next(model.parameters()).device
-    model.eval()
-    pooled: list[list[Tensor]] = [[] for _ in poolings]
-    for batch in batches:
-        with network_autocast(device, precision):
-            inputs = model.normalization(batch.to(device, non_blocking=True))
-            images = [inputs, inputs.flip(3)] if flip else [inputs]
-            views = [model.maps(image) for image in images]
-            for rows, pooling in zip(pooled, poolings, strict=True):
-                rows.append(F.normalize(sum(map(pooling, views)), dim=1).float().cpu())
-    return _finite([processes.gather_batches(rows) for rows in pooled])
+
+    def features_of(inputs: Tensor) -> list[Tensor]:
+        images = [inputs, inputs.flip(3)] if flip else [inputs]
+        views = [model.maps(image) for image in images]
+        return [F.normalize(sum(map(pooling, views)), dim=1) for pooling in poolings]
+
+    return _of_all(features_of, model, batches, precision, processes)
 
 
-@torch.inference_mode()
 def extract_features(
     model: Any,
     batches: Iterable[Tensor],
@@ -61,34 +55,40 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Compute pooled features (N, C) and embeddings (N, D), float32 on the CPU.
 
-    The training mode of the model is restored afterwards.
-
     Args:
         batches: uint8 RGB tensors (b, H, W, 3). Of several processes each brings every count-th
             batch, beginning with its rank; all get all rows, bit for bit those of one process.
-        flip: average the pooled features of image and mirror image.
+        flip: average the pooled features of images and mirror images.
 
     Raises DivergedError if a feature is not finite.
     """
+    features_of = partial(model.features, flip=flip)
+    pooled, embeddings = _of_all(features_of, model, batches, precision, processes)
+    return pooled, embeddings
+
+
+@torch.inference_mode()
+def _of_all(
+    features_of: Callable[[Tensor], Sequence[Tensor]],
+    model: Any,
+    batches: Iterable[Tensor],
+    precision: str,
+    processes: Processes,
+) -> list[Tensor]:
+    """Compute some features of normalized images; the training mode is restored afterwards."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    pooled = []
-    embeddings = []
+    parts = []
     try:
         for batch in batches:
             with network_autocast(device, precision):
                 inputs = model.normalization(batch.to(device, non_blocking=True))
-                batch_pooled, batch_embeddings = model.features(inputs, flip)
-            pooled.append(batch_pooled.float().cpu())
-            embeddings.append(batch_embeddings.float().cpu())
+                parts.append([rows.float().cpu() for rows in features_of(inputs)])
     finally:
         model.train(was_training)
-    return tuple(_finite([processes.gather_batches(x) for x in (pooled, embeddings)]))
-
-
-def _finite(features: list[Tensor]) -> list[Tensor]:
-    """Return features as they are. Raises DivergedError if one is not finite."""
-    if not all(part.isfinite().all() for part in features):
+    parts = processes.gather_batches(parts)
+    features = [torch.cat(rows) for rows in zip(*parts, strict=True)]
+    if not all(rows.isfinite().all() for rows in features):
         raise DivergedError("the network's features are not finite: its training diverged")
     return features

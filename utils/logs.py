@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from utils.files import disk_faults
 from utils.runs import BEST, LAST, nmi_remark, recall_titles
 
 log = logging.getLogger("train")
+MOST_LISTED = 8  # numbers of what a method reports
 
 
 class LogFile(logging.FileHandler):
@@ -46,20 +48,14 @@ def log_start(args: argparse.Namespace, device: torch.device, remarks: list[str]
         log.info("random weights bring no statistics for batch norm; train_batch_norm makes them")
 
 
-def log_epoch(row: dict) -> None:
-    """Log one line about an epoch."""
+def log_epoch(row: dict, logged: dict) -> None:
+    """Log one line about an epoch: its metrics, among them what the method reported."""
     parts = [f"epoch {row['epoch']:>3}"]
     if "loss" in row:
         names = [name for name in row if name.endswith("_loss")]
         losses = ", ".join(f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in names)
         parts.append(f"loss {row['loss']:.4f}" + (f" ({losses})" if losses else ""))
-    if "partitions" in row:
-        parts.append(f"partitions of {', '.join(map(str, row['partitions']))} clusters")
-    if "cluster_sizes" in row:
-        sizes = row["cluster_sizes"]
-        parts.append(f"{len(sizes)} clusters of {min(sizes)} to {max(sizes)} images")
-    if "nmi_to_previous_clusters" in row:
-        parts.append(f"NMI to the last clusters {100 * row['nmi_to_previous_clusters']:.1f}")
+    parts += [f"{name.replace('_', ' ')} {_text(value)}" for name, value in logged.items()]
     for half in ("", "val_"):
         if f"{half}recall@1" in row:
             parts.append(score_text(row, half))
@@ -69,6 +65,17 @@ def log_epoch(row: dict) -> None:
         parts.append(f"{sum(row['seconds'].values()):.1f} s")
         parts.append(f"{row['views_per_second']:.1f} views/s")
     log.info("  ".join(parts))
+
+
+def _text(value: Any) -> str:
+    """Write what a method reported: of many numbers how many, the smallest and the largest."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and len(value) > MOST_LISTED:
+        return f"{min(value)} to {max(value)} ({len(value)})"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)
 
 
 def score_text(row: dict, half: str) -> str:
