@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, PngImagePlugin, features
 from raw_folders import save_photo
 
+from datasets import images
 from datasets.images import UnreadableError, allow_pixels, decode_image, find_images, open_rgb
 from utils.errors import UserError
 
@@ -211,11 +212,12 @@ def test_how_many_pixels_are_allowed(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------- images of a folder
 
 
-def test_which_files_are_images(tmp_path, caplog):
-    images = [tmp_path / "b.TIFF", tmp_path / "cat" / "deep" / "a.jpg", tmp_path / "link.png"]
-    save_photo(images[0], 1)
-    save_photo(images[1], 2)
-    images[2].symlink_to(images[0])
+def test_which_files_are_images(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(images, "_has_heif", lambda: False)
+    photos = [tmp_path / "b.TIFF", tmp_path / "cat" / "deep" / "a.jpg", tmp_path / "link.png"]
+    save_photo(photos[0], 1)
+    save_photo(photos[1], 2)
+    photos[2].symlink_to(photos[0])
     for name in (".hidden.png", ".cache/x.png", "notes.txt", "no_suffix"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -224,8 +226,8 @@ def test_which_files_are_images(tmp_path, caplog):
     (tmp_path / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "movie.mp4").write_bytes(b"\0\0\0 ftypisom")
     (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0 ftypheic")
-    images.append(save_photo(tmp_path / "hidden.jpg", 3).rename(tmp_path / "picture"))
-    assert find_images(tmp_path) == sorted(images)
+    photos.append(save_photo(tmp_path / "hidden.jpg", 3).rename(tmp_path / "picture"))
+    assert find_images(tmp_path) == sorted(photos)
     for words in ("1 links to nothing", "1 .mp4", "1 .txt", "1 .HEIC (pip install pillow-heif"):
         assert words in caplog.text
 
@@ -236,6 +238,21 @@ def test_avif(tmp_path):
     photo.save(tmp_path / "a.avif")
     assert find_images(tmp_path) == [tmp_path / "a.avif"]
     assert np.abs(decode_image(tmp_path / "a.avif", 8).astype(int) - (200, 30, 90)).max() < 4
+
+
+def test_heic_of_a_phone_held_upright(tmp_path):
+    """The format turns its images itself; the orientation tag must not turn them again."""
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif")
+    pixels = np.zeros((64, 32, 3), np.uint8)
+    pixels[:32] = (200, 30, 90)
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    photo = Image.fromarray(pixels)
+    photo.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    pillow_heif.from_pillow(photo).save(tmp_path / "a.heic", exif=exif.tobytes(), quality=95)
+    assert find_images(tmp_path) == [tmp_path / "a.heic", tmp_path / "a.jpg"]
+    heic, jpeg = (decode_image(tmp_path / name, 16).astype(int) for name in ("a.heic", "a.jpg"))
+    assert np.abs(heic - jpeg).mean() < 4 < np.abs(heic - heic[:, ::-1]).mean()
 
 
 def test_a_folder_without_images(tmp_path):
