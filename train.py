@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -31,10 +31,18 @@ from datasets.views import (
     two_view_batches,
 )
 from methods import METHODS
-from models import BACKBONES, CBSwR, Pooling, build_model, check_crop_size, pooled_width
+from models import (
+    BACKBONES,
+    CBSwR,
+    Pooling,
+    build_model,
+    check_crop_size,
+    pooled_channels,
+    pooled_width,
+)
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head, head_size
-from models.start import best_of, score_starts
+from models.start import ALIGNED, FEWEST, Head, aligned_share, best_of, score_heads
 from recipes import add_method_options, fit_to_data, others_help, read_layers
 from utils import options
 from utils.devices import choose_device, compute_deterministically, memory_faults
@@ -254,55 +262,59 @@ class Job:
     def choose_start(self) -> list[str]:
         """Choose stripes and head that fit the training images, and put them into the options.
 
-        Returns what was measured, a sentence for each pooling.
+        Returns what was measured, in sentences.
         """
         args = self.args
         poolings = self.candidates()
         torch.manual_seed(args.seed)  # random weights are those of the network that is trained
         model = build_model(args.backbone, weights=args.weights, pooling=poolings[-1])
         model = model.to(self.device, memory_format=torch.channels_last)
-
         crops = center_crops(self.training, args.test_batch, args.workers, self.processes.share)
         batches = self.shown(crops, len(self.training), "features for the start")
         pooled = pooled_features(
             model, batches, poolings, args.precision, self.processes, args.flip_eval
         )
-        parts, index = self.parts_of_images(model, poolings)
-        starts = self.processes.by_first(lambda: score_starts(pooled, parts, index))
-        best = best_of(starts)
-        self.pooled = pooled[best.pooling]
-        args.stripes = poolings[best.pooling].options()["stripes"]
+        number = 0
+        remarks = []
+        if len(poolings) > 1:
+            channels = pooled_channels(args.backbone, poolings[1])
+            stripes = poolings[1].stripes_of(pooled[1], channels)
+            share = self.processes.by_first(lambda: aligned_share(pooled[0], stripes))
+            number = int(share >= ALIGNED)
+            remarks.append(f"{100 * share:.1f} % of stripes find their like at the same height")
+        pooling = poolings[number]
+        self.pooled = pooled[number]
+        heads = self.judged_heads(model, pooling)
+        best = best_of(heads)
+        args.stripes = pooling.options()["stripes"]
         args.head_init = best.kind
         args.whiten_power = best.power
-        lines = [
-            f"the start is {best} with stripes {args.stripes}; how well each finds parts again:"
-        ]
-        for number in dict.fromkeys(start.pooling for start in starts):
-            scores = [f"{s} {s.score:.3f}" for s in starts if s.pooling == number]
-            lines.append(f"stripes {poolings[number].options()['stripes']}: {', '.join(scores)}")
-        return lines
+        remarks.append(f"how well heads find parts: {', '.join(map(str, heads))}")
+        return [*remarks, f"the start is {best.name} with stripes {args.stripes}"]
 
-    def parts_of_images(
-        self, model: CBSwR, poolings: Sequence[Pooling]
-    ) -> tuple[list[Tensor], Tensor]:
-        """Pool parts of some training images, in which `score_starts` looks for other parts.
-
-        Returns features (n, N_PARTS, C) for each pooling, and the numbers (n,) of the images.
-        """
+    def judged_heads(self, model: CBSwR, pooling: Pooling) -> list[Head]:
+        """Score closed-form heads by parts of some training images, see `score_heads`."""
         args = self.args
-        share = self.processes.share
         index = np.random.default_rng([args.seed, 0]).permutation(len(self.training))
         index = index[:START_IMAGES]
         batch_size = -(-args.test_batch // N_PARTS)
+        share = self.processes.share
         crops = part_crops(self.training, index, args.seed, batch_size, args.workers, share)
         batches = self.shown(crops, N_PARTS * len(index), "parts of images")
-        parts = pooled_features(model, batches, poolings, args.precision, self.processes)
-        return [rows.unflatten(0, (-1, N_PARTS)) for rows in parts], torch.from_numpy(index)
+        (rows,) = pooled_features(model, batches, [pooling], args.precision, self.processes)
+        parts = rows.unflatten(0, (-1, N_PARTS))
+        return self.processes.by_first(
+            lambda: score_heads(self.pooled, parts, torch.from_numpy(index), pooling.in_stripes)
+        )
 
     def candidates(self) -> list[Pooling]:
         """Return the poolings that a start may have: those wide enough for a given --low_dim."""
         args = self.args
-        texts = [args.stripes] if "stripes" in args.given else dict.fromkeys(["1", args.stripes])
+        texts = dict.fromkeys(["1", args.stripes])
+        if "stripes" in args.given:
+            texts = [args.stripes]
+        elif len(self.training) < FEWEST:
+            texts = ["1"]
         poolings = [Pooling.parse(args.layers, args.pool, True, text) for text in texts]
         if "low_dim" not in args.given:
             return poolings
@@ -340,11 +352,10 @@ class Job:
         if args.refit_power != "auto":
             self.fit_head(args.head_init, args.refit_power or args.whiten_power)
             return
-        pooled, _ = self.features()
-        parts, index = self.parts_of_images(self.model, [self.model.pooling])
-        starts = self.processes.by_first(lambda: score_starts([pooled], parts, index))
-        best = best_of(starts)
-        log.info("how well heads find parts: %s", ", ".join(f"{s} {s.score:.3f}" for s in starts))
+        self.features()
+        heads = self.judged_heads(self.model, self.model.pooling)
+        best = best_of(heads)
+        log.info("how well heads find parts: %s", ", ".join(map(str, heads)))
         self.fit_head(best.kind, best.power)
 
     def fit_head(self, kind: str, power: float) -> None:

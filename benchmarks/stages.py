@@ -34,7 +34,8 @@ from utils.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 INPUT = ("two_view_batches", "center_crops", "part_crops", "batches_of")  # of the scripts
-WORK = {"score": "scores", "score_starts": "choice of the start", "closed_form_head": "head"}
+WORK = {"score": "scores", "closed_form_head": "head"}
+WORK |= dict.fromkeys(("aligned_share", "score_heads"), "choice of the start")
 FEATURES = ("extract_features", "pooled_features")
 
 

@@ -6,8 +6,8 @@ For each number of images, random subsets of the training half choose their star
 train.py does with --head_init auto, and the test half is scored: by frozen features (the last two
 stages, generalized mean, mirror average), by the start that was chosen, and by one fixed start for
 all, whitened to a power of 0.6 with stripes. With --photos a data set is a person's photos: subsets
-are drawn from both halves, and all images are scored. The table says, too, how well the measure of
-the choice ranks all starts of a subset, compared with their R@1 (Spearman).
+are drawn from both halves, and all images are scored. The table says, too, which share of stripes
+is aligned, and how well the measure of heads ranks them, compared with their R@1 (Spearman).
 
 OUT_DIR/few_images_SIZEpx_BACKBONE.json holds all scores, .md the table.
 """
@@ -32,9 +32,9 @@ import train
 from benchmarks.paired import machine
 from datasets.arrays import Split, load_split
 from datasets.views import N_PARTS, center_crops, part_crops
-from models import Pooling, build_model
+from models import Pooling, build_model, pooled_channels
 from models.closed_form import closed_form_head, head_size
-from models.start import Start, best_of, score_starts
+from models.start import ALIGNED, FEWEST, Head, aligned_share, best_of, score_heads
 from utils.devices import choose_device
 from utils.errors import UserError, run_script
 from utils.evaluation import score, why_no_nmi
@@ -44,9 +44,9 @@ from utils.options import Parser, add_machine, add_precision, folder_name, path_
 from utils.progress import progress
 from utils.tables import markdown_table
 
-FIXED = Start(pooling=1, kind="whiten", power=0.6, score=0.0)
+FIXED = Head(kind="whiten", power=0.6, score=0.0)
 COLUMNS = ["images to fit to", "frozen", "chosen start", "whiten 0.6 with stripes for all"]
-COLUMNS += ["chosen", "rank correlation"]
+COLUMNS += ["chosen", "aligned stripes, %", "rank correlation"]
 
 
 def make_parser() -> Parser:
@@ -101,6 +101,8 @@ class Features:
         centers = [of_centers(half) for half in halves]
         fitted = halves if is_joined else halves[:1]
         self.train = [torch.cat(parts) for parts in zip(*centers[: len(fitted)], strict=True)]
+        channels = pooled_channels(args.backbone, poolings[1])
+        self.stripes = poolings[1].stripes_of(self.train[1], channels)
         parts = [of_parts(half) for half in fitted]
         self.parts = [
             torch.cat(half).unflatten(0, (-1, N_PARTS)) for half in zip(*parts, strict=True)
@@ -111,12 +113,12 @@ class Features:
         self.is_query = None if is_joined else halves[1].is_query
         self.frozen = self.score(self.test[0])
 
-    def embed(self, start: Start, fit_to: Tensor) -> Tensor:
-        """Embed the test images by a start that is fitted to some images."""
-        pooled = self.train[start.pooling][fit_to]
+    def embed(self, pooling: int, head: Head, fit_to: Tensor) -> Tensor:
+        """Embed the test images by a head on a pooling, fitted to some images."""
+        pooled = self.train[pooling][fit_to]
         size = head_size(self.low_dim, *pooled.shape)
-        weight, bias = closed_form_head(pooled, size, start.kind, start.power)
-        return F.normalize(self.test[start.pooling] @ weight.T + bias, dim=1)
+        weight, bias = closed_form_head(pooled, size, head.kind, head.power)
+        return F.normalize(self.test[pooling] @ weight.T + bias, dim=1)
 
     def score(self, embeddings: Tensor, no_nmi: str = "") -> dict:
         """Return R@1 and, unless it is left out, NMI of the test images, in percent."""
@@ -129,21 +131,27 @@ class Features:
         drawn = torch.from_numpy(np.random.default_rng(number).permutation(len(self.train[0])))
         drawn = drawn[:count]
         looked_at = torch.arange(count)[: train.START_IMAGES]
-        pooled = [features[drawn] for features in self.train]
-        parts = [features[drawn[looked_at]] for features in self.parts]
-        starts = score_starts(pooled, parts, looked_at)
-        best = best_of(starts)
-        measured = [start.score for start in starts]
-        scores = [self.score(self.embed(start, drawn), "not asked for") for start in starts]
+        share = 0.0
+        if count >= FEWEST:
+            stripes = [layer[drawn] for layer in self.stripes]
+            share = aligned_share(self.train[0][drawn], stripes)
+        chosen = int(share >= ALIGNED)
+        pooled = self.train[chosen][drawn]
+        parts = self.parts[chosen][drawn[looked_at]]
+        heads = score_heads(pooled, parts, looked_at, is_aligned=bool(chosen))
+        best = best_of(heads)
+        measured = [head.score for head in heads]
+        scores = [self.score(self.embed(chosen, head, drawn), "not asked for") for head in heads]
         recalls = [values["recall@1"] for values in scores]
         return {
             "images": count,
             "subset": number,
-            "chosen": f"{best}, stripes" if best.pooling else str(best),
+            "aligned": share,
+            "chosen": f"{best.name}, stripes" if chosen else best.name,
             "rank_correlation": rank_correlation(measured, recalls),
             "frozen": self.frozen,
-            "start": self.score(self.embed(best, drawn)),
-            "fixed": self.score(self.embed(FIXED, drawn)),
+            "start": self.score(self.embed(chosen, best, drawn)),
+            "fixed": self.score(self.embed(1, FIXED, drawn)),
         }
 
 
@@ -182,10 +190,11 @@ def table_of(rows: Sequence[dict]) -> str:
         of_line = [row for row in rows if (row["dataset"], row["images"]) == (dataset, count)]
         cells = [cell(of_line, name) for name in ("frozen", "start", "fixed")]
         chosen = "; ".join(dict.fromkeys(row["chosen"] for row in of_line))
+        aligned = f"{100 * statistics.mean(row['aligned'] for row in of_line):.1f}"
         ranked = [row["rank_correlation"] for row in of_line]
         ranked = [value for value in ranked if value is not None]
         correlation = f"{statistics.mean(ranked):.2f}" if ranked else ""
-        lines.append([dataset, str(count), *cells, chosen, correlation])
+        lines.append([dataset, str(count), *cells, chosen, aligned, correlation])
     return markdown_table(lines)
 
 

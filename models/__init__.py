@@ -1,7 +1,7 @@
 """Backbones, decoder and the CBSwR network."""
 
 from models.backbones import BACKBONES, check_crop_size
-from models.cbswr import CBSwR, build_model, pooled_width
+from models.cbswr import CBSwR, build_model, pooled_channels, pooled_width
 from models.checkpoint import load_checkpoint, load_network
 from models.pooling import PAPER, Pooling
 
@@ -14,5 +14,6 @@ __all__ = [
     "check_crop_size",
     "load_checkpoint",
     "load_network",
+    "pooled_channels",
     "pooled_width",
 ]

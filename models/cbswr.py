@@ -189,11 +189,16 @@ class CBSwR(nn.Module):
         return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
-def pooled_width(backbone: str, pooling: Pooling) -> int:
-    """Return the length C of the pooled feature."""
+def pooled_channels(backbone: str, pooling: Pooling) -> list[int]:
+    """Return the channels C_l of each layer that is pooled."""
     spec = backbone_spec(backbone)
     layers = pooling.resolved(spec.stages, backbone).layers
-    return pooling.width([spec.stages[name][1] for name in layers] or [spec.channels])
+    return [spec.stages[name][1] for name in layers] or [spec.channels]
+
+
+def pooled_width(backbone: str, pooling: Pooling) -> int:
+    """Return the length C of the pooled feature."""
+    return pooling.width(pooled_channels(backbone, pooling))
 
 
 def build_model(

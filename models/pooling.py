@@ -106,10 +106,22 @@ class Pooling:
             )
         return self
 
+    @property
+    def in_stripes(self) -> bool:
+        """Whether a layer is pooled in more than one stripe."""
+        return max(self.stripes) > 1
+
     def width(self, channels: Sequence[int]) -> int:
         """Return the length of the pooled feature of layers with so many channels."""
         stripes = _for_each(self.stripes, len(channels))
         return sum(width * count for width, count in zip(channels, stripes, strict=True))
+
+    def stripes_of(self, pooled: Tensor, channels: Sequence[int]) -> list[Tensor]:
+        """Return (N, count, C_l) of each layer in stripes, from pooled features (N, `width`)."""
+        stripes = _for_each(self.stripes, len(channels))
+        sizes = [width * count for width, count in zip(channels, stripes, strict=True)]
+        parts = zip(pooled.split(sizes, 1), stripes, strict=True)
+        return [part.unflatten(1, (count, -1)) for part, count in parts if count > 1]
 
     def __call__(self, maps: Sequence[Tensor]) -> Tensor:
         """Pool the feature maps (B, C_l, h_l, w_l) of the layers to (B, `width`), in float32 or

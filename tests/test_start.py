@@ -13,11 +13,12 @@ from tensors import noise
 from torch.nn import functional as F
 from training import assert_same, resumed, stopped, trained
 
+import train
 from datasets.arrays import load_split
 from datasets.views import part_crops
 from models import start
 from models.closed_form import Spectrum
-from models.start import score_starts
+from models.start import aligned_share, best_of, score_heads
 from utils.errors import UserError
 from utils.metrics import mean_log_rank
 
@@ -50,28 +51,50 @@ def features(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_whitening_is_chosen_where_the_largest_variance_is_noise():
     images, parts = features(20.0)
-    starts = score_starts([images], [parts], torch.arange(200))
-    best = max(starts, key=lambda start: start.score)
-    assert (best.kind, starts[0].kind) == ("whiten", "svd")
+    heads = score_heads(images, parts, torch.arange(200), False)
+    best = best_of(heads)
+    assert (best.kind, heads[0].kind) == ("whiten", "svd")
     assert best.power >= 0.6
-    assert best.score > 1.5 * starts[0].score
+    assert best.score > 1.5 * heads[0].score
 
 
-def test_the_pooling_is_chosen_that_finds_more():
+def test_squares_judge_only_where_images_are_not_aligned():
     images, parts = features(1.0)
-    blurred = images + noise(200, 10, seed=3), parts + noise(200, 4, 10, seed=4)
-    poolings = [blurred[0].float(), images], [blurred[1].float(), parts]
-    starts = score_starts(*poolings, torch.arange(200))
-    assert [start.pooling for start in starts] == [0] * 7 + [1] * 7
-    assert max(starts, key=lambda start: start.score).pooling == 1
+    parts[:, 2:] = noise(200, 2, 10, seed=5).float()  # squares tell nothing
+    aligned, others = (
+        best_of(score_heads(images, parts, torch.arange(200), is_aligned)).score
+        for is_aligned in (True, False)
+    )
+    assert aligned > 2 * others
+
+
+def stripes_of_twins(n_shifted: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return features of 100 threes of similar images, and their 3 stripes, top to bottom.
+
+    The stripes of the third image of `n_shifted` threes lie one stripe lower.
+    """
+    kinds = noise(100, 1, 3, 8).expand(100, 3, 3, 8).clone()
+    kinds[:n_shifted, 2] = kinds[:n_shifted, 2].roll(1, dims=1)
+    stripes = (kinds + 0.05 * noise(100, 3, 3, 8, seed=1)).flatten(0, 1).float()
+    pooled = noise(100, 1, 16, seed=2) + 0.01 * noise(100, 3, 16, seed=3)
+    return pooled.flatten(0, 1).float(), stripes
+
+
+def test_stripes_that_lie_at_the_same_height():
+    pooled, stripes = stripes_of_twins(0)
+    assert aligned_share(pooled, [stripes]) == 1.0
+    pooled, stripes = stripes_of_twins(30)
+    # of the 6 directed pairs of three images 4 are with the one that is shifted
+    assert aligned_share(pooled, [stripes]) == pytest.approx(1 - 0.3 * 4 / 6)
+    both = aligned_share(pooled, [stripes, stripes_of_twins(0)[1]])
+    assert both == pytest.approx(1 - 0.3 * 4 / 6 / 2)
 
 
 def test_copies_of_an_image_keep_the_frozen_features():
     images, parts = features(1.0)
     copies = images[:1].expand(200, -1), parts[:1].expand(200, -1, -1)
-    starts = score_starts([copies[0]] * 2, [copies[1]] * 2, torch.arange(200))
-    best = max(starts, key=lambda start: start.score)
-    assert (best.pooling, best.kind) == (0, "svd")
+    assert best_of(score_heads(*copies, torch.arange(200), False)).kind == "svd"
+    assert aligned_share(copies[0], [noise(1, 3, 4).float().expand(200, 3, 4)]) <= 1
     for kind, centered in (("svd", False), ("whiten", True)):
         weight, bias = Spectrum.of(copies[0], centered).head(10, 0.5)
         assert weight.isfinite().all() and bias.isfinite().all(), kind
@@ -86,9 +109,8 @@ def test_many_images_are_judged_by_heads_of_some():
 def test_few_images_keep_the_frozen_features():
     images, parts = features(1.0)
     for count in (2, 5, 99):
-        few = [images[:count]] * 2, [parts[:count]] * 2
-        (start,) = score_starts(*few, torch.arange(count))
-        assert (start.pooling, start.kind) == (0, "svd") and 0 < start.score <= 1
+        (head,) = score_heads(images[:count], parts[:count], torch.arange(count), False)
+        assert head.kind == "svd" and 0 < head.score <= 1
 
 
 def test_parts_lie_where_they_should(tmp_path):
@@ -114,28 +136,24 @@ def test_parts_lie_where_they_should(tmp_path):
 SETTINGS = {"recipe": "best", "low_dim": None, "lr": None, "batch_size": 8}
 
 
-def test_the_recipe_keeps_its_choice(tmp_path):
+@pytest.mark.parametrize("least, stripes", [(0.0, "3,1"), (1.01, "1")])
+def test_the_recipe_keeps_its_choice(tmp_path, monkeypatch, least, stripes):
+    monkeypatch.setattr(train, "ALIGNED", least)
     write_dataset(tmp_path / "data", count=120)
     run = trained(tmp_path / "data", tmp_path / "whole", n_epoch=2, **SETTINGS)
     config = json.loads((run.run / "config.json").read_text())
     log = (run.run / f"{run.run.name}.log").read_text()
-    scores = {}
-    for stripes, line in re.findall(r"stripes (1|3,1): (frozen .*)", log):
-        for words in line.split(", "):
-            kind, power, score = words.split()
-            scores[stripes, kind, power] = float(score)
-    assert len(scores) == 14
-    stripes, kind, power = max(scores, key=scores.get)
     assert config["stripes"] == stripes
-    expected = ("svd", 0) if kind == "frozen" else ("whiten", float(power))
-    assert (config["head_init"], config["whiten_power"]) == expected
-    for measures, head in re.findall(
-        r"heads find parts: (.*)\n.*head by (.*) of the features", log
-    ):
-        values = {text[:-6]: float(text[-5:]) for text in measures.split(", ")}
-        chosen = max(values, key=values.get).replace("frozen features", "svd")
-        assert head == chosen and len(values) == 7
-    assert log.count("heads find parts") == 2 == run.out.count("heads find parts")
+    assert f" with stripes {stripes}\n" in log and "% of stripes find their like" in log
+    measures = re.findall(r"heads find parts: (.*)", log)
+    heads = re.findall(r"head by (.*) of the features", log)
+    assert len(measures) == len(heads) == 3  # the start, and after each epoch
+    for measure, head in zip(measures, heads, strict=True):
+        scores = {text[:-6]: float(text[-5:]) for text in measure.split(", ")}
+        assert len(scores) == 7
+        assert scores[head.replace("svd", "frozen features")] == max(scores.values())
+    kind, _, power = heads[0].partition(" ")
+    assert (config["head_init"], config["whiten_power"]) == (kind, float(power or 0))
     again = stopped(tmp_path / "data", tmp_path / "stopped", 20, n_epoch=2, **SETTINGS)
     assert_same(resumed(again), run)
 
