@@ -7,7 +7,8 @@ train.py does with --head_init auto, and the test half is scored: by frozen feat
 stages, generalized mean, mirror average), by the start that was chosen, and by one fixed start for
 all, whitened to a power of 0.6 with stripes. With --photos a data set is a person's photos: subsets
 are drawn from both halves, and all images are scored. The table says, too, which share of stripes
-is aligned, and how well the measure of heads ranks them, compared with their R@1 (Spearman).
+is aligned, what stripes change in R@1 (the mean over all heads), and how well the measure of heads
+ranks them, compared with their R@1 (Spearman).
 
 OUT_DIR/few_images_SIZEpx_BACKBONE.json holds all scores, .md the table.
 """
@@ -46,7 +47,7 @@ from utils.tables import markdown_table
 
 FIXED = Head(kind="whiten", power=0.6, score=0.0)
 COLUMNS = ["images to fit to", "frozen", "chosen start", "whiten 0.6 with stripes for all"]
-COLUMNS += ["chosen", "aligned stripes, %", "rank correlation"]
+COLUMNS += ["chosen", "aligned stripes, %", "stripes change R@1 by", "rank correlation"]
 
 
 def make_parser() -> Parser:
@@ -126,29 +127,31 @@ class Features:
         values = score(embeddings, self.labels, is_query=self.is_query, no_nmi=no_nmi)
         return {name: 100 * values[name] for name in ("recall@1", "nmi") if name in values}
 
+    def recall(self, pooling: int, head: Head, fit_to: Tensor) -> float:
+        """Return R@1 in percent of a head on a pooling, fitted to some images."""
+        return self.score(self.embed(pooling, head, fit_to), "not asked for")["recall@1"]
+
     def subset(self, count: int, number: int) -> dict:
         """Choose the start of a random subset, and score it beside the others."""
         drawn = torch.from_numpy(np.random.default_rng(number).permutation(len(self.train[0])))
         drawn = drawn[:count]
         looked_at = torch.arange(count)[: train.START_IMAGES]
-        share = 0.0
-        if count >= FEWEST:
-            stripes = [layer[drawn] for layer in self.stripes]
-            share = aligned_share(self.train[0][drawn], stripes)
-        chosen = int(share >= ALIGNED)
+        stripes = [layer[drawn] for layer in self.stripes]
+        share = aligned_share(self.train[0][drawn], stripes)
+        chosen = int(share >= ALIGNED and count >= FEWEST)
         pooled = self.train[chosen][drawn]
         parts = self.parts[chosen][drawn[looked_at]]
         heads = score_heads(pooled, parts, looked_at, is_aligned=bool(chosen))
         best = best_of(heads)
         measured = [head.score for head in heads]
-        scores = [self.score(self.embed(chosen, head, drawn), "not asked for") for head in heads]
-        recalls = [values["recall@1"] for values in scores]
+        recalls = np.array([[self.recall(n, head, drawn) for head in heads] for n in (0, 1)])
         return {
             "images": count,
             "subset": number,
             "aligned": share,
             "chosen": f"{best.name}, stripes" if chosen else best.name,
-            "rank_correlation": rank_correlation(measured, recalls),
+            "stripes_gain": float((recalls[1] - recalls[0]).mean()),
+            "rank_correlation": rank_correlation(measured, recalls[chosen].tolist()),
             "frozen": self.frozen,
             "start": self.score(self.embed(chosen, best, drawn)),
             "fixed": self.score(self.embed(1, FIXED, drawn)),
@@ -191,10 +194,11 @@ def table_of(rows: Sequence[dict]) -> str:
         cells = [cell(of_line, name) for name in ("frozen", "start", "fixed")]
         chosen = "; ".join(dict.fromkeys(row["chosen"] for row in of_line))
         aligned = f"{100 * statistics.mean(row['aligned'] for row in of_line):.1f}"
+        gain = f"{statistics.mean(row['stripes_gain'] for row in of_line):+.1f}"
         ranked = [row["rank_correlation"] for row in of_line]
         ranked = [value for value in ranked if value is not None]
         correlation = f"{statistics.mean(ranked):.2f}" if ranked else ""
-        lines.append([dataset, str(count), *cells, chosen, aligned, correlation])
+        lines.append([dataset, str(count), *cells, chosen, aligned, gain, correlation])
     return markdown_table(lines)
 
 
