@@ -42,7 +42,7 @@ from models import (
 )
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head, head_size
-from models.start import ALIGNED, FEWEST, Head, aligned_share, best_of, score_heads
+from models.start import ALIGNED, FEWEST_ALIGNED, Head, aligned_share, best_of, score_heads
 from recipes import add_method_options, fit_to_data, others_help, read_layers
 from utils import options
 from utils.devices import choose_device, compute_deterministically, memory_faults
@@ -313,7 +313,7 @@ class Job:
         texts = dict.fromkeys(["1", args.stripes])
         if "stripes" in args.given:
             texts = [args.stripes]
-        elif len(self.training) < FEWEST:
+        elif len(self.training) < FEWEST_ALIGNED:
             texts = ["1"]
         poolings = [Pooling.parse(args.layers, args.pool, True, text) for text in texts]
         if "low_dim" not in args.given:

@@ -35,7 +35,7 @@ from datasets.arrays import Split, load_split
 from datasets.views import N_PARTS, center_crops, part_crops
 from models import Pooling, build_model, pooled_channels
 from models.closed_form import closed_form_head, head_size
-from models.start import ALIGNED, FEWEST, Head, aligned_share, best_of, score_heads
+from models.start import ALIGNED, FEWEST_ALIGNED, Head, aligned_share, best_of, score_heads
 from utils.devices import choose_device
 from utils.errors import UserError, run_script
 from utils.evaluation import score, why_no_nmi
@@ -138,7 +138,7 @@ class Features:
         looked_at = torch.arange(count)[: train.START_IMAGES]
         stripes = [layer[drawn] for layer in self.stripes]
         share = aligned_share(self.train[0][drawn], stripes)
-        chosen = int(share >= ALIGNED and count >= FEWEST)
+        chosen = int(share >= ALIGNED and count >= FEWEST_ALIGNED)
         pooled = self.train[chosen][drawn]
         parts = self.parts[chosen][drawn[looked_at]]
         heads = score_heads(pooled, parts, looked_at, is_aligned=bool(chosen))

@@ -25,7 +25,8 @@ ALIGNED = 0.95  # share of stripes that find their like at the same height
 MOST_ALIKE = 2  # similar images that a stripe is looked for in; one may be a copy
 MOST_COMPARED = 5000  # images whose stripes are compared
 POWERS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)
-FEWEST = 100  # images that can judge; fewer keep the frozen features
+FEWEST = 100  # images that can judge heads; fewer keep the frozen features
+FEWEST_ALIGNED = 50  # the same, where images are aligned and more can be gained
 FOLDS = 4
 MOST_FITTED = 50_000  # images that a judged head is fitted to
 PAIRS = {(0, 1): 2 / 3, (2, 3): 1 / 3}  # of parts (datasets.views.part_crops), and their weights
@@ -75,7 +76,7 @@ def aligned_share(pooled: Tensor, stripes: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def score_heads(pooled: Tensor, parts: Tensor, index: Tensor, is_aligned: bool) -> list[Head]:
-    """Score every head; with fewer than FEWEST images the frozen features alone.
+    """Score every head; of too few images (see FEWEST) the frozen features alone.
 
     All directions are kept, however many the head will have.
 
@@ -86,9 +87,9 @@ def score_heads(pooled: Tensor, parts: Tensor, index: Tensor, is_aligned: bool) 
         is_aligned: whether things lie at the same height in similar images, see `aligned_share`.
     """
     heads = [("svd", 0.0), *(("whiten", power) for power in POWERS)]
-    if len(pooled) < FEWEST:
+    pairs, fewest = (PAIRS_ALIGNED, FEWEST_ALIGNED) if is_aligned else (PAIRS, FEWEST)
+    if len(pooled) < fewest:
         heads = heads[:1]
-    pairs = PAIRS_ALIGNED if is_aligned else PAIRS
     folds = torch.arange(len(index)) % FOLDS
     scores: dict[tuple, list[float]] = {}
     for fold in folds.unique():

@@ -108,9 +108,10 @@ def test_many_images_are_judged_by_heads_of_some():
 
 def test_few_images_keep_the_frozen_features():
     images, parts = features(1.0)
-    for count in (2, 5, 99):
-        (head,) = score_heads(images[:count], parts[:count], torch.arange(count), False)
+    for count, is_aligned in ((2, False), (5, False), (99, False), (49, True)):
+        (head,) = score_heads(images[:count], parts[:count], torch.arange(count), is_aligned)
         assert head.kind == "svd" and 0 < head.score <= 1
+    assert len(score_heads(images[:50], parts[:50], torch.arange(50), True)) == 7
 
 
 def test_parts_lie_where_they_should(tmp_path):
