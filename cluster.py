@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(file.rows) == 0:
             raise UserError(f"{args.embeddings}: holds no images")
         check_apart([args.sheet], file)
+        if Path(args.out).with_suffix(".npy").exists():
+            raise UserError(f"{args.out}: belongs to the .npy file beside it; give another --out")
         if args.duplicates is None:
             find_clusters(args, file)
         else:

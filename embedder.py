@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 
 import utils.threads  # noqa: F401
 
@@ -32,7 +31,7 @@ from utils.errors import UserError
 from utils.features import extract_features
 
 BATCH = 100  # images that are decoded and embedded at once
-Picture = Image.Image | str | os.PathLike | np.ndarray | Tensor
+Picture = Image.Image | str | os.PathLike | bytes | np.ndarray | Tensor
 
 
 class Embedder:
@@ -87,10 +86,10 @@ class Embedder:
         self.dimension = about.get("low_dim", self.model.pooled_dim)
         self.image_size = image_size or about.get("image_size") or DEFAULT_IMAGE_SIZE
         check_crop_size(self.model.backbone_name, crop_size(self.image_size))
-        self.location = {
-            name: os.path.abspath(about[name]) if os.path.exists(about[name] or "") else about[name]
-            for name in ("checkpoint", "weights")
-        }
+        self.location = {"checkpoint": about["checkpoint"], "weights": about["weights"]}
+        for name, place in self.location.items():
+            if place not in (None, "auto", "none"):
+                self.location[name] = os.path.abspath(place)
         self.location["seed"] = seed
         self.facts = {
             "backbone": about["backbone"],
@@ -144,11 +143,12 @@ class Embedder:
     def __call__(self, images: Picture | Iterable[Picture]) -> np.ndarray:
         """Embed an image or several: float32 (N, D), rows of unit length.
 
-        An image is a PIL image, the path of a file, an array of uint8, (H, W, 3) or gray (H, W), or
-        a tensor, (3, H, W) or gray (H, W), of uint8 or of numbers from 0 to 1. Colors are RGB.
+        An image is a PIL image, the path of a file, its bytes, an array of uint8, (H, W, 3) or gray
+        (H, W), or a tensor, (3, H, W) or gray (H, W), of uint8 or of numbers from 0 to 1. Colors
+        are RGB.
         Raises ValueError for other numbers, and UnreadableError for a file that cannot be read.
         """
-        is_single = isinstance(images, Image.Image | str | os.PathLike) or (
+        is_single = isinstance(images, Image.Image | str | os.PathLike | bytes) or (
             isinstance(images, np.ndarray | Tensor) and images.ndim < 4
         )
         pictures = iter([images] if is_single else images)
@@ -170,8 +170,8 @@ class Embedder:
 
 def _as_square(picture: Picture, image_size: int) -> np.ndarray:
     """Squash an image of any kind to a square, uint8 RGB."""
-    if isinstance(picture, str | os.PathLike):
-        return decode_image(Path(picture), image_size)
+    if isinstance(picture, str | os.PathLike | bytes):
+        return decode_image(picture, image_size)
     if isinstance(picture, Tensor):
         picture = picture.detach().cpu()
         if picture.is_floating_point():
@@ -181,7 +181,10 @@ def _as_square(picture: Picture, image_size: int) -> np.ndarray:
         picture = picture.movedim(0, -1) if picture.ndim == 3 else picture
         picture = picture.numpy()
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+        if picture.ndim == 3 and picture.shape[2] == 1:
+            picture = picture[..., 0]
+        is_color = picture.ndim == 3 and picture.shape[2] in (3, 4)
+        if picture.dtype != np.uint8 or not (is_color or picture.ndim == 2):
             raise ValueError(f"expected uint8 (H, W, 3), got {picture.dtype} {picture.shape}")
         picture = Image.fromarray(picture)
     return squash(as_rgb(upright(picture)), image_size)

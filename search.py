@@ -144,13 +144,21 @@ def embed_queries(
                 raise UserError(f"--query {path}: {reason}; leave it out, or give --skip_bad")
             print(f"{path}: {reason}: left out")
         if len(crops.pixels) and embedder is None:
-            files = (args.checkpoint_path, args.weights)
-            embedder = Embedder.from_facts(file.facts, args.device, *files)
+            embedder = load_embedder(args, file.facts)
         queries += [(path, sha256) for path, *_, sha256 in crops.listed]
         parts.append(crops.rows(embedder and embedder.embed_crops, file.rows.shape[1]))
     if not queries:
         raise UserError("--query: none of the images can be read")
     return queries, np.concatenate(parts)
+
+
+def load_embedder(args: argparse.Namespace, facts: dict) -> Embedder:
+    """Load the network that made the embeddings."""
+    try:
+        return Embedder.from_facts(facts, args.device, args.checkpoint_path, args.weights)
+    except UserError as error:
+        advice = "if the file was moved, name it by --checkpoint_path or --weights"
+        raise UserError(f"{error}; {advice}") from None
 
 
 def make_answer(
@@ -166,8 +174,9 @@ def make_answer(
     paths = columns["path"]
     contents = columns.get("sha256", [""] * len(paths))
     same_place = [n for n in places if os.path.realpath(paths[n]) == os.path.realpath(path)]
-    moved = (n for n in places if contents[n] == sha256 and not os.path.exists(paths[n]))
-    itself = same_place or list(moved)
+    moved = [n for n in places if contents[n] == sha256 and not os.path.exists(paths[n])]
+    moved.sort(key=lambda n: os.path.basename(paths[n]) != os.path.basename(path))
+    itself = same_place or moved
     hits = []
     for distance, number in zip(distances, places, strict=False):
         if number not in itself[:1] and len(hits) < k:

@@ -285,7 +285,7 @@ class Job:
         pooling = poolings[number]
         self.pooled = pooled[number]
         heads = self.judged_heads(model, pooling)
-        best = best_of(heads)
+        best = best_of(heads, pooling.in_stripes)
         args.stripes = pooling.options()["stripes"]
         args.head_init = best.kind
         args.whiten_power = best.power
@@ -354,7 +354,7 @@ class Job:
             return
         self.features()
         heads = self.judged_heads(self.model, self.model.pooling)
-        best = best_of(heads)
+        best = best_of(heads, self.model.pooling.in_stripes)
         log.info("how well heads find parts: %s", ", ".join(map(str, heads)))
         self.fit_head(best.kind, best.power)
 

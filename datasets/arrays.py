@@ -198,7 +198,7 @@ def _only_size(folder: Path, dataset: str, split: str) -> int:
 
 
 def _how_to_make(dataset: str) -> str:
-    elsewhere = f"if it lies elsewhere, name the folder that holds {dataset}/ (data_dir)"
+    elsewhere = f"if it lies elsewhere, name the folder that holds {dataset}/ as data_dir"
     if dataset in SCRIPTS:
         return f"make it with python pre_process/pre_process_{dataset}.py; {elsewhere}"
     return (

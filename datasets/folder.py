@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +110,11 @@ class FileSource:
 
     def shares_images(self, earlier_rows: KnownRows) -> bool:
         """Return whether rows of some of the images are known; of renamed files a few tell."""
-        contents = (file_hash(path) for path in self.paths[:FILES_THAT_TELL])
-        return any(path in earlier_rows for path in self.paths) or any(
-            earlier_rows.of_content(sha256) is not None for sha256 in contents
-        )
+        if any(path in earlier_rows for path in self.paths):
+            return True
+        of_size = (p for p in self.paths if str(os.path.getsize(p)) in earlier_rows.sizes)
+        contents = map(file_hash, islice(of_size, FILES_THAT_TELL))
+        return any(earlier_rows.of_content(sha256) is not None for sha256 in contents)
 
     def _read(self, path: str) -> tuple[tuple, np.ndarray | None, np.ndarray | str | None]:
         """Return columns, known row and pixels of an image, or a text why it cannot be read."""

@@ -17,14 +17,17 @@ import numpy as np
 from PIL import Image, features
 
 from utils.errors import UserError
+from utils.options import LARGEST_IMAGE
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # none of them starts a program
 IMAGE_NAME = re.compile(
     r"\.(jpe?g|jpe|jfif|a?png|gif|bmp|dib|tiff?|webp|p[bgnp]m|avif)\Z", re.IGNORECASE
 )
 HEIF_NAME = re.compile(r"\.(heic|heif|hif)\Z", re.IGNORECASE)
-IMAGE_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|RIFF....WEBP|....ftypavif", re.DOTALL)
+IMAGE_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|RIFF....WEBP|....ftypavi", re.DOTALL)
+HEIF_START = re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+USED_CHUNKS = (b"tRNS", b"eXIf")  # beside the critical ones, which begin with a capital
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,8 +40,9 @@ TURNS = {
 }
 MANY_EQUAL = 0.1  # share of images, worth a remark
 DRAFT = 2  # how much larger than the square a photo is decoded
-GRAY_BITS = (8, 12, 16, 24, 31)  # what gray values may need: of sensors, and of int32
+GRAY_BITS = (8, 10, 12, 14, 16, 24, 31)  # what gray values may need: of sensors, and of int32
 log = logging.getLogger(__name__)
+Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE
 
 
 class UnreadableError(ValueError):
@@ -96,6 +100,8 @@ def open_rgb(
 def _load(source: str | Path | bytes, least_side: int) -> Image.Image:
     """Decode an image in its own mode; a PNG with damaged metadata without them."""
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if HEIF_START.match(content) and not _has_heif():
+        raise ValueError("HEIC; pip install pillow-heif to read it")
     try:
         return _load_content(content, least_side)
     except (OSError, SyntaxError, ValueError):
@@ -109,7 +115,7 @@ def _load_content(content: bytes, least_side: int) -> Image.Image:
         n_pixels = image.width * image.height
         limit = Image.MAX_IMAGE_PIXELS
         if limit and n_pixels > limit:  # Pillow itself only warns, up to twice its limit
-            raise ValueError(f"its size of {n_pixels} pixels exceeds the limit of {limit}")
+            raise ValueError(f"it has {n_pixels} pixels, more than max_pixels {limit}")
         if least_side:
             image.draft(None, (least_side, least_side))
         image.load()
@@ -152,7 +158,7 @@ def png_without_metadata(content: bytes) -> bytes:
             raise ValueError("the file is truncated")
         length, kind = struct.unpack_from(">I4s", content, place)
         chunk = content[place + 4 : place + 8 + length]
-        if kind[:1].isupper() or kind == b"tRNS":  # small letters begin what is not critical
+        if kind[:1].isupper() or kind in USED_CHUNKS:
             parts.append(struct.pack(">I", length) + chunk + struct.pack(">I", zlib.crc32(chunk)))
         place += 12 + length
     return b"".join(parts)
@@ -257,14 +263,15 @@ def _other_kind(path: Path) -> str:
         return "links to nothing" if path.is_symlink() else "special files"
     if IMAGE_NAME.search(path.name):
         return ""
-    if HEIF_NAME.search(path.name):
-        return "" if _has_heif() else f"{path.suffix} (pip install pillow-heif to read them)"
     try:
         with open(path, "rb") as file:
-            is_image = IMAGE_START.match(file.read(16))
+            start = file.read(16)
     except OSError:
         return "files that cannot be read"
-    return "" if is_image else f"{path.suffix or 'files without a suffix'}"
+    kind = path.suffix or "files without a suffix"
+    if HEIF_START.match(start) or (HEIF_NAME.search(path.name) and not IMAGE_START.match(start)):
+        return "" if _has_heif() else f"{kind} (pip install pillow-heif to read them)"
+    return "" if IMAGE_START.match(start) else kind
 
 
 def _refuse(error: OSError) -> None:

@@ -142,7 +142,7 @@ class Features:
         pooled = self.train[chosen][drawn]
         parts = self.parts[chosen][drawn[looked_at]]
         heads = score_heads(pooled, parts, looked_at, is_aligned=bool(chosen))
-        best = best_of(heads)
+        best = best_of(heads, bool(chosen))
         measured = [head.score for head in heads]
         recalls = np.array([[self.recall(n, head, drawn) for head in heads] for n in (0, 1)])
         return {

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-WRAPPERS = {"module", "_orig_mod"}  # put into names by DataParallel and torch.compile
+WRAPPERS = {  # put into names by DataParallel, torch.compile, FSDP and checkpointing
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
+COUNTER_OF_COPIES = "n_averaged"  # of torch's AveragedModel
 COPIES = ("ema", "teacher")  # averaged copies of a network, usually the better ones
 USUAL = ("", "model.", "state_dict.")  # nothing to speak of
 log = logging.getLogger(__name__)
@@ -24,7 +30,7 @@ def flat_tensors(content: object, prefix: str = "") -> dict[str, Tensor]:
         return {}
     tensors: dict[str, Tensor] = {}
     for name, value in content.items():
-        if not isinstance(name, str):
+        if not isinstance(name, str) or name == COUNTER_OF_COPIES:
             continue
         parts = [part for part in name.split(".") if part not in WRAPPERS]
         place = ".".join([*filter(None, [prefix]), *parts])

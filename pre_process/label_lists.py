@@ -58,7 +58,7 @@ def listed_path(name: str, images: Path, places: dict[str, Path]) -> Path | None
 
     places: the images by their cleaned path below `images`.
     """
-    for spelling in (name, name.strip(), name.replace("\\", "/")):
+    for spelling in (name, clean(name), name.replace("\\", "/")):
         below = os.path.relpath(os.path.abspath(images / spelling), images)
         is_below = not below.startswith(os.pardir)
         if is_below and "\0" not in spelling and (images / below).is_file():
@@ -69,6 +69,6 @@ def listed_path(name: str, images: Path, places: dict[str, Path]) -> Path | None
 
 
 def clean_classes(classes: Sequence[str]) -> tuple[list[str], int]:
-    """Return class names without blanks at their ends, in one Unicode form; how many changed."""
+    """Return class names in one form (see `clean`), and how many changed."""
     cleaned = [clean(name) for name in classes]
     return cleaned, sum(old != new for old, new in zip(classes, cleaned, strict=True))

@@ -77,7 +77,7 @@ def main() -> None:
         paths, classes = read_labels(Path(args.labels), args.images, images)
     classes, n_cleaned = clean_classes(classes)
     if n_cleaned:
-        print(f"{n_cleaned} names of classes have blanks at their ends or another Unicode form:")
+        print(f"{n_cleaned} names of classes have needless blanks or another Unicode form:")
         print(f"cleaned, there are {len(set(classes))} classes")
     splits = make_splits(paths, classes, args)
     make_row = decode_image if args.skip_bad else read_photo
@@ -101,6 +101,11 @@ def read_options() -> argparse.Namespace:
         parser.error("give --images DIR and --name NAME")
     if args.name in SCRIPTS:
         parser.error(f"--name {args.name}: pre_process_{args.name}.py makes it; choose another")
+    home = home_of(args.name, args.data_dir)
+    if args.labels and Path(args.labels).resolve().parent == home.resolve():
+        parser.error(
+            f"--labels {args.labels}: lies where the data set is written; copy it elsewhere"
+        )
     if args.split_by is None:
         args.split_by = "classes" if args.labels else "images"
     if args.split_by == "classes" and not args.labels:

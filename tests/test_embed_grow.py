@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from photos import make_photos, read_table, save_network
+from raw_folders import save_photo
 from scripts import Outcome, run_in_process
 
 from embedder import Embedder
@@ -85,6 +86,16 @@ def test_a_folder_that_was_renamed(place, embedded):
     result = embed(place, "e.npy", "album")
     assert result.code == 0 and sum(embedded) == 0 and "12 renamed" in result.out
     assert_as_from_scratch(place, "album")
+
+
+def test_a_folder_that_was_renamed_and_grew(place, embedded, monkeypatch):
+    monkeypatch.setattr("datasets.folder.FILES_THAT_TELL", 2)
+    assert embed(place).code == 0
+    (place / "photos").rename(place / "album")
+    for number in range(4):
+        save_photo(place / f"album/a{number}.png", 90 + number, size=(31, 17 + number))
+    result = embed(place, "e.npy", "album")
+    assert result.code == 0 and "4 new, 12 renamed" in result.out
 
 
 @pytest.mark.parametrize("is_finished", [True, False])

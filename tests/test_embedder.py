@@ -38,7 +38,8 @@ def test_all_kinds_of_images_give_the_rows_of_embed(place):
     tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
     embedder = Embedder(place / "net.pth")
     assert (embedder.image_size, embedder.dimension, embedder.flip) == (SIZE, 12, True)
-    for images in (paths, pictures, arrays, tensors, [tensor / 255 for tensor in tensors]):
+    contents = [path.read_bytes() for path in paths]
+    for images in (paths, contents, pictures, arrays, tensors, [t / 255 for t in tensors]):
         np.testing.assert_allclose(embedder(images), rows, atol=1e-6)
         np.testing.assert_allclose(embedder(images[3]), rows[3:4], atol=1e-6)
     assert embedder([]).shape == (0, 12)
@@ -67,10 +68,18 @@ def test_many_images_are_embedded_in_batches(place, monkeypatch):
 def test_numbers_that_are_no_image(place):
     embedder = Embedder(place / "net.pth")
     gray = np.zeros((48, 64), np.uint8)
-    assert embedder(gray).shape == (1, 12)
-    for wrong in (torch.full((3, 8, 8), 90.0), torch.full((3, 8, 8), -2.0), np.zeros((8, 8, 3))):
+    assert embedder(gray).shape == embedder(torch.from_numpy(gray)[None]).shape == (1, 12)
+    upright = torch.zeros(8, 8, 3, dtype=torch.uint8)  # channels last
+    numbers = (torch.full((3, 8, 8), 90.0), torch.full((3, 8, 8), -2.0), np.zeros((8, 8, 3)))
+    for wrong in (*numbers, upright):
         with pytest.raises(ValueError, match=r"0 to 1|expected uint8"):
             embedder(wrong)
+
+
+def test_a_folder_that_is_called_none(place, monkeypatch):
+    monkeypatch.chdir(place)
+    Path("none").mkdir(exist_ok=True)
+    assert Embedder("resnet_small", "none", image_size=32).location["weights"] == "none"
 
 
 def test_random_numbers_of_the_caller_stay(place):

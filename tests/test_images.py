@@ -50,7 +50,9 @@ GRAYS = {  # how each kind of image stores 0-255
     "8 bit": lambda values: values.astype(np.uint8),
     "1 bit": lambda values: values > 99,
     "16 bit": lambda values: values.astype(np.uint16) * 256 + 200,  # the high byte counts
+    "10 bit": lambda values: values.astype(np.uint16) * 4 + 1,
     "12 bit": lambda values: values.astype(np.uint16) * 16 + 7,
+    "14 bit": lambda values: values.astype(np.uint16) * 64 + 9,
     "32 bit": lambda values: values.astype(np.int32) * 2**23 + 99,
 }
 
@@ -203,7 +205,7 @@ def test_how_many_pixels_are_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     save_photo(tmp_path / "a.jpg", 1, size=(50, 40))
     allow_pixels(1999)
-    with pytest.raises(UnreadableError, match="2000 pixels exceeds the limit of 1999"):
+    with pytest.raises(UnreadableError, match="2000 pixels, more than max_pixels 1999"):
         decode_image(tmp_path / "a.jpg", 8)
     allow_pixels(2000)
     decode_image(tmp_path / "a.jpg", 8)
@@ -230,6 +232,16 @@ def test_which_files_are_images(tmp_path, caplog, monkeypatch):
     assert find_images(tmp_path) == sorted(photos)
     for words in ("1 links to nothing", "1 .mp4", "1 .txt", "1 .HEIC (pip install pillow-heif"):
         assert words in caplog.text
+
+
+def test_content_decides_over_a_suffix(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(images, "_has_heif", lambda: False)
+    photo = save_photo(tmp_path / "a.jpg", 1).rename(tmp_path / "a.heic")
+    (tmp_path / "b").write_bytes(b"\0\0\0 ftypheic")
+    assert find_images(tmp_path) == [photo]
+    assert "1 files without a suffix (pip install pillow-heif" in caplog.text
+    with pytest.raises(UnreadableError, match="HEIC; pip install pillow-heif"):
+        decode_image(tmp_path / "b", 8)
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot read AVIF")

@@ -13,6 +13,7 @@ from raw_folders import save_photo
 from scripts import Outcome, failed, run_in_process
 
 from datasets.images import find_images
+from pre_process.label_lists import clean_classes
 
 SIZE = 16
 HALVES = ("training", "validation")
@@ -158,6 +159,8 @@ def odd_lists() -> dict[str, bytes]:
         "semicolons of a spreadsheet": plain.replace(",", ";").encode("utf-8-sig"),
         "tabs in UTF-16": plain.replace(",", "\t").encode("utf-16"),
         "a head in capitals, blanks": (" Path , Class \n" + table.replace(",", " , ")).encode(),
+        "quotes after a blank": plain.replace(",cat", ', "cat"').encode(),
+        "odd signs of a path": plain.replace("dog/03.jpg", "\u202adog/03.jpg").encode(),
         "backslashes": plain.replace("/", "\\").encode(),
         "absolute paths": f"path,class\n{absolute}".encode(),
         "class names in two Unicode forms": plain.replace("09.jpg,é", "09.jpg,e\u0301").encode(),
@@ -178,7 +181,23 @@ def test_lists_as_people_save_them(script):
         found = {str(Path(path).relative_to(Path("photos").absolute())) for path in paths}
         assert found == CLASSES.keys(), form
         assert sorted(classes) == sorted(CLASSES.values()), form
-        assert ("names of classes" in done.out) == (form.split()[0] in ("a", "class", "odd")), form
+        is_cleaned = form in ("class names in two Unicode forms", "odd blanks")
+        assert ("names of classes" in done.out) == is_cleaned, form
+
+
+def test_names_that_look_alike_are_one_class():
+    spellings = ["big\u00a0cat", "big  cat", "\u200ebig cat", "big\u200b cat", "b\u00adig cat "]
+    assert set(clean_classes(["big cat", *spellings])[0]) == {"big cat"}
+    family = "\U0001f468\u200d\U0001f469"  # one sign, of two that are joined
+    assert clean_classes([family]) == ([family], 0)
+
+
+def test_a_list_among_what_is_written(script, photos):
+    assert script().code == 0
+    table = f"data/mine/training_mine_{SIZE}resized_paths.csv"
+    before = Path(table).read_bytes()
+    failed(script("--labels", table), "lies where the data set is written; copy it elsewhere")
+    assert Path(table).read_bytes() == before
 
 
 NAMES = ["Screenshot\u202f1.png", "no\u00a0break.png", "\u3000.png", "zero\u200bwidth.png", " .png"]

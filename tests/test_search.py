@@ -201,7 +201,7 @@ def test_moved_and_changed_networks(folder, tmp_path):
     row = folder / "photos/cat/00.jpg"
     assert search(tmp_path, "--query", row).code == 0  # its embedding is there
     query = make_photos(tmp_path / "others", first=20) / "cat/00.jpg"
-    failed(search(tmp_path, "--query", query), "gone.pth: no such file")
+    failed(search(tmp_path, "--query", query), "gone.pth: no such file", "--checkpoint_path or")
     moved = search(tmp_path, "--query", query, "--checkpoint_path", folder / "net.pth")
     assert moved.code == 0
     save_network(gone, seed=6)
@@ -210,7 +210,22 @@ def test_moved_and_changed_networks(folder, tmp_path):
     failed(search(tmp_path, "--query", query), "e.npy: not a .npy array, or truncated")
 
 
+def test_a_query_with_a_copy_is_itself_after_a_rename(tmp_path):
+    photos = make_photos(tmp_path / "photos")
+    shutil.copy(photos / "cat/00.jpg", photos / "a copy.jpg")
+    network = ("--checkpoint_path", save_network(tmp_path / "net.pth"))
+    embedded = ("--images", photos, *network, "--out", tmp_path / "e.npy")
+    assert run_in_process("embed.py", *embedded).code == 0
+    renamed = photos.rename(tmp_path / "renamed")
+    for query, copy in (("cat/00.jpg", "a copy.jpg"), ("a copy.jpg", "cat/00.jpg")):
+        argv = ("--query", renamed / query, "--k", 1, "--json", tmp_path / "hits.json")
+        assert search(tmp_path, *argv).code == 0
+        (hit,) = json.loads((tmp_path / "hits.json").read_text())[0]["hits"]
+        assert hit["path"] == str(photos / copy)
+
+
 REFUSED = [
+    ("--embeddings e.npy --query photos --index IDMap,Flat", "faiss cannot make an index"),
     ("--embeddings e.npy", "required: --query"),
     ("--embeddings none.npy --query a.jpg", "none.json: no such file; make it with embed.py"),
     ("--embeddings e.npy --query a.jpg --nprobe 3", "--nprobe goes with --index ivf"),

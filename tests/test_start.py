@@ -18,7 +18,7 @@ from datasets.arrays import load_split
 from datasets.views import part_crops
 from models import start
 from models.closed_form import Spectrum
-from models.start import aligned_share, best_of, score_heads
+from models.start import Head, aligned_share, best_of, score_heads
 from utils.errors import UserError
 from utils.metrics import mean_log_rank
 
@@ -52,7 +52,7 @@ def features(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
 def test_whitening_is_chosen_where_the_largest_variance_is_noise():
     images, parts = features(20.0)
     heads = score_heads(images, parts, torch.arange(200), False)
-    best = best_of(heads)
+    best = best_of(heads, False)
     assert (best.kind, heads[0].kind) == ("whiten", "svd")
     assert best.power >= 0.6
     assert best.score > 1.5 * heads[0].score
@@ -62,7 +62,7 @@ def test_squares_judge_only_where_images_are_not_aligned():
     images, parts = features(1.0)
     parts[:, 2:] = noise(200, 2, 10, seed=5).float()  # squares tell nothing
     aligned, others = (
-        best_of(score_heads(images, parts, torch.arange(200), is_aligned)).score
+        best_of(score_heads(images, parts, torch.arange(200), is_aligned), is_aligned).score
         for is_aligned in (True, False)
     )
     assert aligned > 2 * others
@@ -93,7 +93,7 @@ def test_stripes_that_lie_at_the_same_height():
 def test_copies_of_an_image_keep_the_frozen_features():
     images, parts = features(1.0)
     copies = images[:1].expand(200, -1), parts[:1].expand(200, -1, -1)
-    assert best_of(score_heads(*copies, torch.arange(200), False)).kind == "svd"
+    assert best_of(score_heads(*copies, torch.arange(200), False), False).kind == "svd"
     assert aligned_share(copies[0], [noise(1, 3, 4).float().expand(200, 3, 4)]) <= 1
     for kind, centered in (("svd", False), ("whiten", True)):
         weight, bias = Spectrum.of(copies[0], centered).head(10, 0.5)
@@ -111,7 +111,13 @@ def test_few_images_keep_the_frozen_features():
     for count, is_aligned in ((2, False), (5, False), (99, False), (49, True)):
         (head,) = score_heads(images[:count], parts[:count], torch.arange(count), is_aligned)
         assert head.kind == "svd" and 0 < head.score <= 1
-    assert len(score_heads(images[:50], parts[:50], torch.arange(50), True)) == 7
+    assert len(score_heads(images[:50], parts[:50], torch.arange(50), True)) == 8
+
+
+def test_of_heads_as_good_the_strongest_is_taken_where_images_are_aligned():
+    heads = [Head("svd", 0.0, 0.7), Head("whiten", 0.6, 0.8), Head("whiten", 0.75, 0.793)]
+    heads.append(Head("whiten", 0.9, 0.791))
+    assert best_of(heads, False).power == 0.6 and best_of(heads, True).power == 0.75
 
 
 def test_parts_lie_where_they_should(tmp_path):
@@ -151,8 +157,9 @@ def test_the_recipe_keeps_its_choice(tmp_path, monkeypatch, least, stripes):
     assert len(measures) == len(heads) == 3  # the start, and after each epoch
     for measure, head in zip(measures, heads, strict=True):
         scores = {text[:-6]: float(text[-5:]) for text in measure.split(", ")}
-        assert len(scores) == 7
-        assert scores[head.replace("svd", "frozen features")] == max(scores.values())
+        assert len(scores) == 8
+        least = max(scores.values()) * (0.99 if stripes == "3,1" else 1) - 0.001  # three digits
+        assert scores[head.replace("svd", "frozen features")] >= least
     kind, _, power = heads[0].partition(" ")
     assert (config["head_init"], config["whiten_power"]) == (kind, float(power or 0))
     again = stopped(tmp_path / "data", tmp_path / "stopped", 20, n_epoch=2, **SETTINGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,15 @@ def run(line: str) -> tuple[int, str]:
 def test_a_search(command, tmp_path, end):
     status, said = run(f"{command} {end}")
     assert status == 0 and len(said.splitlines()) == {"| head -1": 1, "2>&-": 133}.get(end, 0)
+    assert len(json.loads((tmp_path / "hits.json").read_text())) == 12
+
+
+def test_a_terminal_that_goes_away(command, tmp_path):
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(command.split(), stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(ours)
+    os.close(theirs)
+    assert process.wait() == 0
     assert len(json.loads((tmp_path / "hits.json").read_text())) == 12
 
 

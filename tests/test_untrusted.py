@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import datetime
 import pickle
 from pathlib import Path
 
@@ -108,6 +110,22 @@ NUMPY_VALUES = {
     "history": np.array([[0.4, 0.5], [0.45, 0.51]]),
     "labels": np.arange(5),
 }
+
+
+def test_options_and_paths_beside_the_weights_are_read(tmp_path):
+    path = tmp_path / "trainer.pth"
+    options = argparse.Namespace(lr=0.1, out=Path("runs"))
+    torch.save({"model": state(), "epoch": 3, "args": options}, path)
+    assert load_checkpoint(path)[1]["epoch"] == 3
+
+
+def test_what_is_refused_is_named(tmp_path):
+    torch.save({"model": state(), "when": datetime.date(2020, 1, 1)}, tmp_path / "dated.pth")
+    with pytest.raises(UserError, match=r"holds Python objects \(datetime.date\)"):
+        load_checkpoint(tmp_path / "dated.pth")
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="it begins with b'version https://git-"):
+        load_checkpoint(tmp_path / "pointer.pth")
 
 
 @pytest.mark.parametrize("save", [save_zip, save_legacy])

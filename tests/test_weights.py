@@ -168,6 +168,15 @@ def test_the_averaged_copy_is_taken(tmp_path, resnet18, caplog):
         assert f"begin with {averaged}." in caplog.text
 
 
+def test_the_average_of_a_model_is_taken(tmp_path, resnet18):
+    model = torchvision.models.resnet18(weights=None)
+    model.load_state_dict(resnet18)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    torch.save(averaged.state_dict(), tmp_path / "swa.pth")
+    weight = build_model("resnet18", weights=tmp_path / "swa.pth").base_model.conv1.weight
+    assert torch.equal(weight, resnet18["conv1.weight"])
+
+
 def test_safetensors_are_known_by_their_content(tmp_path):
     state = build_model("resnet_small").base_model.state_dict()
     save_file({key: value.numpy() for key, value in state.items()}, tmp_path / "weights.bin")

@@ -45,6 +45,8 @@ class KnownRows:
             for name in ("path", "sha256")
         }
 
+        self.sizes = {size for file in self._files for size in file.columns["bytes"]}
+
     def __contains__(self, path: str) -> bool:
         """Return whether a row was made from a file of this path."""
         return self._find("path", path) is not None

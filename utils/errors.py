@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -35,13 +36,15 @@ def one_line(text: str) -> str:
 
 
 class LastingFile(io.FileIO):
-    """A pipe whose reader may go away: what it no longer reads is dropped."""
+    """A pipe or terminal whose reader may go away: what it no longer reads is dropped."""
 
     def write(self, content: bytes) -> int:
         """Write bytes, and return how many."""
         try:
             return super().write(content)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             return len(content)
 
 

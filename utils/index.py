@@ -87,24 +87,17 @@ class Index:
 
     def _built(self) -> faiss.Index:
         dimension = self.rows.shape[1]
-        if self.kind == "exact":
-            index = faiss.IndexFlatL2(dimension)
-        elif self.kind == "ivf":
-            index = self._train_ivf()
-        elif self.kind == "hnsw":
-            index = faiss.IndexHNSWFlat(dimension, HNSW_LINKS)
-            index.hnsw.efConstruction = HNSW_BUILD_CANDIDATES
-        else:
-            index = self._by_factory()
-        self.add(index, self.rows)
-        return index
-
-    def _by_factory(self) -> faiss.Index:
         try:
-            index = faiss.index_factory(self.rows.shape[1], self.kind)
-            if not index.is_trained:
-                training = np.sort(self._draw(FACTORY_TRAINING_ROWS))
-                index.train(self.rows[training].astype(np.float32))
+            if self.kind == "exact":
+                index = faiss.IndexFlatL2(dimension)
+            elif self.kind == "ivf":
+                index = self._train_ivf()
+            elif self.kind == "hnsw":
+                index = faiss.IndexHNSWFlat(dimension, HNSW_LINKS)
+                index.hnsw.efConstruction = HNSW_BUILD_CANDIDATES
+            else:
+                index = self._by_factory()
+            self.add(index, self.rows)
         except RuntimeError as error:
             reason = str(error).partition("Error: ")[2] or str(error)
             raise UserError(
@@ -112,6 +105,13 @@ class Index:
                 f"{self.rows.shape[1]} numbers ({' '.join(reason.split())[:200]}); choose "
                 f"{', '.join(KINDS)}, or another text of its index factory"
             ) from None
+        return index
+
+    def _by_factory(self) -> faiss.Index:
+        index = faiss.index_factory(self.rows.shape[1], self.kind)
+        if not index.is_trained:
+            training = np.sort(self._draw(FACTORY_TRAINING_ROWS))
+            index.train(self.rows[training].astype(np.float32))
         return index
 
     def _train_ivf(self) -> faiss.Index:

@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 CSV_FORMAT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # of open
 DELIMITERS = ",;\t|"
-INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # of no width, and no blanks for str.strip
+JOINERS = "\u200c\u200d"  # invisible, and a part of some words and emoji
 
 
 def csv_writer(file: IO[str]) -> csv.writer:
@@ -42,7 +42,7 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[st
             else:
                 raise UserError(f"{file}: name its columns {','.join(columns)} in the first line")
             places = [names.index(name) for name in columns]
-            table = csv.reader(lines, delimiter=delimiter)
+            table = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
             for row in filter(None, table):
                 cells = [row[place] if place < len(row) else "" for place in places]
                 yield f"{file}: line {table.line_num + 1}", cells
@@ -51,8 +51,9 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[st
 
 
 def clean(name: str) -> str:
-    """Return a name without blanks and invisible characters at its ends, in Unicode's NFC."""
-    return unicodedata.normalize("NFC", name.strip().strip(INVISIBLE).strip())
+    """Return a name in Unicode's NFC, without invisible characters, its words one blank apart."""
+    signs = (c for c in name if c in JOINERS or unicodedata.category(c) != "Cf")
+    return unicodedata.normalize("NFC", " ".join("".join(signs).strip(JOINERS).split()))
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:

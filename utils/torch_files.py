@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import pathlib
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -12,6 +15,9 @@ import torch
 
 from utils.errors import UserError
 from utils.files import written_whole
+
+REFUSED_CLASS = re.compile(r"GLOBAL (\S+) was not an allowed global")
+FIRST_BYTES = (b"PK", b"\x80")  # of what torch.save writes: a zip archive, once a pickle
 
 
 def _numpy_globals() -> list:
@@ -26,25 +32,39 @@ def _numpy_globals() -> list:
     return [*names, np.ndarray, np.dtype, *dtypes]
 
 
+def _harmless_globals() -> list:
+    """Return what torch may make beside tensors: numbers, arrays, and the options of a script."""
+    return [*_numpy_globals(), argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+
+
 def read_torch_file(path: str | os.PathLike) -> object:
     """Load a file written by `torch.save` on the CPU, without executing anything in it.
 
-    Tensors, plain values, and numpy scalars and arrays are read. Raises UserError that names the
-    file if it is missing, damaged, or holds anything else.
+    Tensors, plain values, numpy scalars and arrays, and argparse's options are read. Raises
+    UserError that names the file if it is missing, damaged, or holds anything else.
     """
     path = Path(path)
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {kind}; give a file that torch.save wrote, or a run's folder")
+    with open(path, "rb") as file:
+        start = file.read(20)
+    if not start.startswith(FIRST_BYTES):
+        raise UserError(
+            f"{path}: not a file that torch.save wrote, as it begins with {start!r}; take another "
+            "file"
+        )
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_globals()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_globals()):
             warnings.simplefilter("ignore")  # about the way in which it was pickled
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
+        refused = REFUSED_CLASS.search(str(error))
+        if refused or "Unsupported" in str(error):
+            kind = f" ({refused[1]})" if refused else ""
             raise UserError(
-                f"{path}: holds Python objects beyond tensors and plain values, which could run "
-                "code, or is damaged; save a plain state_dict"
+                f"{path}: holds Python objects{kind} beyond tensors and plain values, which could "
+                "run code, or is damaged; save a plain state_dict"
             ) from None
         raise UserError(
             f"{path}: not a file that torch.save wrote, or damaged; take another file"
