@@ -42,7 +42,15 @@ from models import (
 )
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head, head_size
-from models.start import ALIGNED, FEWEST_ALIGNED, Head, aligned_share, best_of, score_heads
+from models.start import (
+    ALIGNED,
+    FEWEST_ALIGNED,
+    MOST_TRAINED,
+    Head,
+    aligned_share,
+    best_of,
+    score_heads,
+)
 from recipes import add_method_options, fit_to_data, others_help, read_layers
 from utils import options
 from utils.devices import choose_device, compute_deterministically, memory_faults
@@ -411,6 +419,8 @@ def train_epoch(job: Job, epoch: int) -> dict:
     state = job.state
     if not state.is_begun:
         with job.stop.at_once(), state.timed("features"):
+            if args.refit_power == "auto":
+                job.fit_head(args.head_init, min(args.whiten_power, MOST_TRAINED))
             state.logged = method.begin_epoch(epoch, job.features)
             job.forget_moments(method.restarted())
             state.is_begun = True

@@ -111,7 +111,7 @@ def test_few_images_keep_the_frozen_features():
     for count, is_aligned in ((2, False), (5, False), (99, False), (49, True)):
         (head,) = score_heads(images[:count], parts[:count], torch.arange(count), is_aligned)
         assert head.kind == "svd" and 0 < head.score <= 1
-    assert len(score_heads(images[:50], parts[:50], torch.arange(50), True)) == 8
+    assert len(score_heads(images[:50], parts[:50], torch.arange(50), True)) == 9
 
 
 def test_of_heads_as_good_the_strongest_is_taken_where_images_are_aligned():
@@ -154,10 +154,11 @@ def test_the_recipe_keeps_its_choice(tmp_path, monkeypatch, least, stripes):
     assert f" with stripes {stripes}\n" in log and "% of stripes find their like" in log
     measures = re.findall(r"heads find parts: (.*)", log)
     heads = re.findall(r"head by (.*) of the features", log)
-    assert len(measures) == len(heads) == 3  # the start, and after each epoch
-    for measure, head in zip(measures, heads, strict=True):
+    assert len(measures) == 3 and len(heads) == 5  # the start; before and after each epoch
+    assert all(float(head.partition(" ")[2] or 0) <= 0.45 for head in heads[1::2])
+    for measure, head in zip(measures, heads[::2], strict=True):
         scores = {text[:-6]: float(text[-5:]) for text in measure.split(", ")}
-        assert len(scores) == 8
+        assert len(scores) == 9
         least = max(scores.values()) * (0.99 if stripes == "3,1" else 1) - 0.001  # three digits
         assert scores[head.replace("svd", "frozen features")] >= least
     kind, _, power = heads[0].partition(" ")
