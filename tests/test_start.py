@@ -159,7 +159,7 @@ def test_the_recipe_keeps_its_choice(tmp_path, monkeypatch, least, stripes):
     for measure, head in zip(measures, heads[::2], strict=True):
         scores = {text[:-6]: float(text[-5:]) for text in measure.split(", ")}
         assert len(scores) == 9
-        least = max(scores.values()) * (0.99 if stripes == "3,1" else 1) - 0.001  # three digits
+        least = max(scores.values()) * (0.98 if stripes == "3,1" else 1) - 0.001  # three digits
         assert scores[head.replace("svd", "frozen features")] >= least
     kind, _, power = heads[0].partition(" ")
     assert (config["head_init"], config["whiten_power"]) == (kind, float(power or 0))
