@@ -40,7 +40,6 @@ DIRECT_UP_TO = 20_000  # images that are clustered directly, too
 N_QUERIES = 1000  # of the recall
 WAYS = ("clusters, direct", "clusters, approximate", "neighbors, exact", "neighbors, approximate")
 TINY = (600, 16, 50)  # rows, columns, classes
-PEAK = Path("/proc/self/clear_refs")  # of Linux
 
 
 def many_rows(source: str | None, rows: np.ndarray) -> None:
@@ -72,8 +71,6 @@ def measure(way: str, source: str | None, count: int) -> dict[str, float]:
     """Go one way: seconds, the memory in MiB beside the rows, and the quality of the result."""
     rows = np.empty((count, width_of(source)), np.float32)
     many_rows(source, rows)
-    if PEAK.exists():
-        PEAK.write_text("5")  # the peak of this process begins anew
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     k = count // CLUSTER_SIZE

@@ -74,7 +74,7 @@ def index_lines() -> Iterator[list[str]]:
         "rows",
         "index",
         *("build, s", "build, MiB", "file, MiB", "queries/s", "one query, ms"),
-        "recall@10, %",
+        "recall@10 with the query, %",
         "machine",
     ]
     for machine, case, figures in cases_of("index"):
