@@ -419,7 +419,7 @@ def train_epoch(job: Job, epoch: int) -> dict:
     state = job.state
     if not state.is_begun:
         with job.stop.at_once(), state.timed("features"):
-            if args.refit_power == "auto":
+            if args.refit_power == "auto":  # less whitening than the start makes better clusters
                 job.fit_head(args.head_init, min(args.whiten_power, MOST_TRAINED))
             state.logged = method.begin_epoch(epoch, job.features)
             job.forget_moments(method.restarted())

@@ -160,6 +160,7 @@ def odd_lists() -> dict[str, bytes]:
         "tabs in UTF-16": plain.replace(",", "\t").encode("utf-16"),
         "a head in capitals, blanks": (" Path , Class \n" + table.replace(",", " , ")).encode(),
         "quotes after a blank": plain.replace(",cat", ', "cat"').encode(),
+        "quotes after a blank, in the head, too": f'"path", "class"\n{table}'.encode(),
         "odd signs of a path": plain.replace("dog/03.jpg", "\u202adog/03.jpg").encode(),
         "backslashes": plain.replace("/", "\\").encode(),
         "absolute paths": f"path,class\n{absolute}".encode(),
@@ -187,6 +188,7 @@ def test_lists_as_people_save_them(script):
 
 def test_names_that_look_alike_are_one_class():
     spellings = ["big\u00a0cat", "big  cat", "\u200ebig cat", "big\u200b cat", "b\u00adig cat "]
+    spellings += ["\u200d big cat", "big cat\u200c\u00a0"]
     assert set(clean_classes(["big cat", *spellings])[0]) == {"big cat"}
     family = "\U0001f468\u200d\U0001f469"  # one sign, of two that are joined
     assert clean_classes([family]) == ([family], 0)

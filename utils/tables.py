@@ -35,7 +35,7 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[st
         with open(file, **CSV_FORMAT | encoding) as lines:
             head = lines.readline()
             for delimiter in DELIMITERS:
-                cells = next(csv.reader([head], delimiter=delimiter), [])
+                cells = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
                 names = [clean(name).lower() for name in cells]
                 if set(columns) <= set(names):
                     break
@@ -53,7 +53,8 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[st
 def clean(name: str) -> str:
     """Return a name in Unicode's NFC, without invisible characters, its words one blank apart."""
     signs = (c for c in name if c in JOINERS or unicodedata.category(c) != "Cf")
-    return unicodedata.normalize("NFC", " ".join("".join(signs).strip(JOINERS).split()))
+    words = "".join(signs).split()
+    return unicodedata.normalize("NFC", " ".join(words).strip(f" {JOINERS}"))
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:

@@ -60,7 +60,7 @@ def read_torch_file(path: str | os.PathLike) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = REFUSED_CLASS.search(str(error))
-        if refused or "Unsupported" in str(error):
+        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
             kind = f" ({refused[1]})" if refused else ""
             raise UserError(
                 f"{path}: holds Python objects{kind} beyond tensors and plain values, which could "
