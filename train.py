@@ -16,49 +16,37 @@ from pathlib import Path
 
 import utils.threads  # noqa: F401
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from datasets.arrays import Split, load_split
 from datasets.views import (
-    N_PARTS,
     EpochPlan,
     center_crops,
     crop_size,
     images_on,
-    part_crops,
     two_view_batches,
 )
 from methods import METHODS
 from models import (
     BACKBONES,
-    CBSwR,
     Pooling,
     build_model,
     check_crop_size,
-    pooled_channels,
     pooled_width,
 )
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head, head_size
-from models.start import (
-    ALIGNED,
-    FEWEST_ALIGNED,
-    MOST_TRAINED,
-    Head,
-    aligned_share,
-    best_of,
-    score_heads,
-)
+from models.start import MOST_TRAINED
 from recipes import add_method_options, fit_to_data, others_help, read_layers
+from recipes.start import StartChooser
 from utils import options
 from utils.devices import choose_device, compute_deterministically, memory_faults
 from utils.distributed import Processes, joined
 from utils.errors import run_script
 from utils.evaluation import alone_remark, check_classes, score, why_no_nmi
 from utils.events import EventFile
-from utils.features import extract_features, pooled_features
+from utils.features import extract_features
 from utils.logs import log, log_epoch, log_start, log_summary, start_log
 from utils.options import Parser, folder_name, name_of, path_name, real, whole
 from utils.progress import progress
@@ -66,7 +54,6 @@ from utils.runs import RunFolder, State, check_finite
 from utils.schedules import SCHEDULES, learning_rate
 from utils.signals import Stopped, StopRequest
 
-START_IMAGES = 800  # whose parts are looked at to choose a start
 CHECK_EVERY = 20  # steps between looks at the loss, for which a GPU has to wait
 REFUSED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -191,6 +178,7 @@ class Job:
         run.check_free(args.overwrite or bool(args.resume))
         shared = {k: v for k, v in vars(args).items() if k not in NOT_SAVED | MACHINE}
         processes.check_same(shared | self.data)
+        self.chooser = StartChooser(args, self.training, self.device, processes)
         remarks = self.fit_options()
         self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
         saved = processes.by_first(lambda: run.load(self.data)) if args.resume else {}
@@ -226,7 +214,8 @@ class Job:
         remarks = [f"{self.training} to train on, {self.test} to test on"]
         remarks += fit_to_data(args, len(self.training), self.processes.count)
         if args.head_init == "auto":
-            remarks += self.choose_start()
+            self.pooled, measured = self.chooser.choose()
+            remarks += measured
         has_closed_form = args.head_init != "random"
         self.pooling = Pooling.parse(args.layers, args.pool, has_closed_form, args.stripes)
         if has_closed_form and not args.resume and "low_dim" not in args.given:
@@ -267,68 +256,6 @@ class Job:
         if args.tensorboard:
             self.events = EventFile(self.run.path, self.state.epoch)
 
-    def choose_start(self) -> list[str]:
-        """Choose stripes and head that fit the training images, and put them into the options.
-
-        Returns what was measured, in sentences.
-        """
-        args = self.args
-        poolings = self.candidates()
-        torch.manual_seed(args.seed)  # random weights are those of the network that is trained
-        model = build_model(args.backbone, weights=args.weights, pooling=poolings[-1])
-        model = model.to(self.device, memory_format=torch.channels_last)
-        crops = center_crops(self.training, args.test_batch, args.workers, self.processes.share)
-        batches = self.shown(crops, len(self.training), "features for the start")
-        pooled = pooled_features(
-            model, batches, poolings, args.precision, self.processes, args.flip_eval
-        )
-        number = 0
-        remarks = []
-        if len(poolings) > 1:
-            channels = pooled_channels(args.backbone, poolings[1])
-            stripes = poolings[1].stripes_of(pooled[1], channels)
-            share = self.processes.by_first(lambda: aligned_share(pooled[0], stripes))
-            number = int(share >= ALIGNED)
-            remarks.append(f"{100 * share:.1f} % of stripes find their like at the same height")
-        pooling = poolings[number]
-        self.pooled = pooled[number]
-        heads = self.judged_heads(model, pooling)
-        best = best_of(heads, pooling.in_stripes)
-        args.stripes = pooling.options()["stripes"]
-        args.head_init = best.kind
-        args.whiten_power = best.power
-        remarks.append(f"how well heads find parts: {', '.join(map(str, heads))}")
-        return [*remarks, f"the start is {best.name} with stripes {args.stripes}"]
-
-    def judged_heads(self, model: CBSwR, pooling: Pooling) -> list[Head]:
-        """Score closed-form heads by parts of some training images, see `score_heads`."""
-        args = self.args
-        index = np.random.default_rng([args.seed, 0]).permutation(len(self.training))
-        index = index[:START_IMAGES]
-        batch_size = -(-args.test_batch // N_PARTS)
-        share = self.processes.share
-        crops = part_crops(self.training, index, args.seed, batch_size, args.workers, share)
-        batches = self.shown(crops, N_PARTS * len(index), "parts of images")
-        (rows,) = pooled_features(model, batches, [pooling], args.precision, self.processes)
-        parts = rows.unflatten(0, (-1, N_PARTS))
-        return self.processes.by_first(
-            lambda: score_heads(self.pooled, parts, torch.from_numpy(index), pooling.in_stripes)
-        )
-
-    def candidates(self) -> list[Pooling]:
-        """Return the poolings that a start may have: those wide enough for a given --low_dim."""
-        args = self.args
-        texts = dict.fromkeys(["1", args.stripes])
-        if "stripes" in args.given:
-            texts = [args.stripes]
-        elif len(self.training) < FEWEST_ALIGNED:
-            texts = ["1"]
-        poolings = [Pooling.parse(args.layers, args.pool, True, text) for text in texts]
-        if "low_dim" not in args.given:
-            return poolings
-        wide = [pool for pool in poolings if pooled_width(args.backbone, pool) >= args.low_dim]
-        return wide or poolings[-1:]
-
     def save(self, best: bool = False) -> None:
         """Write the checkpoint, unless weights are not finite."""
         check_finite(self.model.state_dict(), f"epoch {self.state.epoch}, step {self.state.step}")
@@ -347,24 +274,24 @@ class Job:
         """Compute pooled features and embeddings of the center crops of a split."""
         args = self.args
         crops = center_crops(split, args.test_batch, args.workers, self.processes.share)
-        batches = self.shown(crops, len(split), title)
+        batches = progress(crops, len(split) / (args.test_batch * self.processes.count), title)
         return extract_features(self.model, batches, args.precision, self.processes, args.flip_eval)
 
-    def shown(self, crops: Iterable[Tensor], n_crops: int, title: str) -> Iterable[Tensor]:
-        """Pass on this process's batches of `n_crops` crops, with a progress bar."""
-        return progress(crops, n_crops / (self.args.test_batch * self.processes.count), title)
+    def fit_start(self) -> None:
+        """Give the embedding head the closed form that it starts from, unless that is random."""
+        if self.args.head_init != "random":
+            self.fit_head(self.args.head_init, self.args.whiten_power)
 
     def refit_head(self) -> None:
         """Give the embedding head its closed form again, for the network as it is now."""
         args = self.args
-        if args.refit_power != "auto":
-            self.fit_head(args.head_init, args.refit_power or args.whiten_power)
-            return
-        self.features()
-        heads = self.judged_heads(self.model, self.model.pooling)
-        best = best_of(heads, self.model.pooling.in_stripes)
-        log.info("how well heads find parts: %s", ", ".join(map(str, heads)))
-        self.fit_head(best.kind, best.power)
+        kind, power = args.head_init, args.refit_power or args.whiten_power
+        if power == "auto":
+            pooled, _ = self.features()
+            best, measured = self.chooser.best_head(self.model, self.model.pooling, pooled)
+            log.info(measured)
+            kind, power = best.kind, best.power
+        self.fit_head(kind, power)
 
     def fit_head(self, kind: str, power: float) -> None:
         """Give the embedding head a closed form, by the features of the training images."""
@@ -421,6 +348,8 @@ def train_epoch(job: Job, epoch: int) -> dict:
         with job.stop.at_once(), state.timed("features"):
             if args.refit_power == "auto":  # less whitening than the start makes better clusters
                 job.fit_head(args.head_init, min(args.whiten_power, MOST_TRAINED))
+            elif epoch == 1:
+                job.fit_start()
             state.logged = method.begin_epoch(epoch, job.features)
             job.forget_moments(method.restarted())
             state.is_begun = True
@@ -458,11 +387,10 @@ def train(job: Job) -> None:
     """Train the epochs that are left, and score them."""
     args = job.args
     state = job.state
-    if args.head_init != "random" and state.epoch == 0 and not state.is_begun:
-        with job.stop.at_once():
-            job.fit_head(args.head_init, args.whiten_power)
     if args.n_epoch == 0 and not state.rows:
-        job.end_epoch({"epoch": 0} | job.evaluate())
+        with job.stop.at_once():
+            job.fit_start()
+            job.end_epoch({"epoch": 0} | job.evaluate())
     for epoch in range(state.epoch + 1, args.n_epoch + 1):
         row = train_epoch(job, epoch)
         with job.stop.at_once(), state.timed("evaluate"):

@@ -36,6 +36,7 @@ from datasets.views import N_PARTS, center_crops, part_crops
 from models import Pooling, build_model, pooled_channels
 from models.closed_form import closed_form_head, head_size
 from models.start import ALIGNED, FEWEST_ALIGNED, Head, aligned_share, best_of, score_heads
+from recipes.start import START_IMAGES
 from utils.devices import choose_device
 from utils.errors import UserError, run_script
 from utils.evaluation import score, why_no_nmi
@@ -135,7 +136,7 @@ class Features:
         """Choose the start of a random subset, and score it beside the others."""
         drawn = torch.from_numpy(np.random.default_rng(number).permutation(len(self.train[0])))
         drawn = drawn[:count]
-        looked_at = torch.arange(count)[: train.START_IMAGES]
+        looked_at = torch.arange(count)[:START_IMAGES]
         stripes = [layer[drawn] for layer in self.stripes]
         share = aligned_share(self.train[0][drawn], stripes)
         chosen = int(share >= ALIGNED and count >= FEWEST_ALIGNED)
