@@ -114,12 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def query_paths(names: Sequence[str]) -> list[Path]:
+def query_paths(names: Sequence[str], skip_bad: bool) -> list[Path]:
     """List the query images in the order of the options; a folder stands for all of its images."""
     paths = []
     for name in names:
         path = Path(name)
-        if not path.exists():
+        if not path.exists() and not skip_bad:
             raise UserError(f"--query {name}: no such file; give images or folders of images")
         paths += find_images(path) if path.is_dir() else [path]
     return paths
@@ -132,7 +132,9 @@ def embed_queries(
 
     Images that have a row need no network.
     """
-    source = FileSource(query_paths(args.query), file.facts["image_size"], args.workers)
+    source = FileSource(
+        query_paths(args.query, args.skip_bad), file.facts["image_size"], args.workers
+    )
     source.earlier_rows = KnownRows([file])
     embedder = None
     queries = []

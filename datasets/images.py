@@ -40,7 +40,7 @@ TURNS = {
 }
 MANY_EQUAL = 0.1  # share of images, worth a remark
 DRAFT = 2  # how much larger than the square a photo is decoded
-GRAY_BITS = (8, 10, 12, 14, 16, 24, 31)  # what gray values may need: of sensors, and of int32
+GRAY_BITS = (8, 10, 12, 14, 16, 24, 31, 32)  # what gray values may need: of sensors, and int32
 log = logging.getLogger(__name__)
 Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE
 
@@ -186,7 +186,7 @@ def as_rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
     if image.mode.startswith("I"):  # integers of 16 or 32 bits
-        image = Image.fromarray(_gray_bytes(np.asarray(image).clip(0), as_stored))
+        image = Image.fromarray(_gray_bytes(np.asarray(image).astype(np.int64), as_stored))
     if image.has_transparency_data and image.mode != "1":
         image = image.convert("RGBA")  # keeps the colors of transparent palette entries
         if not as_stored:
@@ -197,7 +197,8 @@ def as_rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
 def _gray_bytes(values: np.ndarray, as_stored: bool) -> np.ndarray:
     """Scale gray values of more than 8 bits to 8: uint8 of the same shape."""
     if as_stored:
-        return (values.clip(max=65535) >> 8).astype(np.uint8)
+        return (values.clip(0, 65535) >> 8).astype(np.uint8)
+    values = values - min(0, int(values.min()))  # signed ones begin anywhere
     largest = int(values.max())
     bits = next(bits for bits in GRAY_BITS if largest < 2**bits)
     if bits != 16:

@@ -54,12 +54,14 @@ GRAYS = {  # how each kind of image stores 0-255
     "12 bit": lambda values: values.astype(np.uint16) * 16 + 7,
     "14 bit": lambda values: values.astype(np.uint16) * 64 + 9,
     "32 bit": lambda values: values.astype(np.int32) * 2**23 + 99,
+    "signed 12 bit": lambda values: values.astype(np.int32) * 16 - 999,
 }
 
 
 @pytest.mark.parametrize("kind", GRAYS)
 def test_gray_becomes_three_equal_channels(tmp_path, kind):
     values = random_pixels(8, 8)
+    values[0, 0] = 0  # of signed values the least is black
     pixels = decoded(Image.fromarray(GRAYS[kind](values)), tmp_path / "a.tif")
     if kind == "1 bit":
         values = np.where(values > 99, 255, 0)

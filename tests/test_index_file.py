@@ -104,11 +104,16 @@ def test_what_does_not_fit_is_refused(tmp_path, rows):
     kept(np.concatenate([rows, rows[:9] + 1]), file)
     Path(f"{file}.npz").write_bytes(older)  # as if killed between the two
     assert kept(rows, file)[1] == "built"
+    file.unlink()
+    assert kept(rows, file)[1] == "built"
     Path(f"{file}.npz").write_bytes(Path(f"{file}.npz").read_bytes()[:-30])
-    with pytest.raises(UserError, match=r"not an index of search\.py; remove it"):
+    with pytest.raises(UserError, match=r"not an index of search\.py; remove them"):
         kept(rows, file)
+    file.unlink()
+    with pytest.raises(UserError, match=r"not an index of search\.py; remove them"):
+        kept(rows, file)  # nor are the keys, which may be a file of something else
     file.write_bytes(b"no index")
-    with pytest.raises(UserError, match=r"not an index of search\.py; remove it"):
+    with pytest.raises(UserError, match=r"not an index of search\.py; remove them"):
         kept(rows, file)
 
 

@@ -157,6 +157,7 @@ def odd_lists() -> dict[str, bytes]:
     return {
         "plain": plain.encode(),
         "semicolons of a spreadsheet": plain.replace(",", ";").encode("utf-8-sig"),
+        "a first line for Excel": b"sep=;\n" + plain.replace(",", ";").encode(),
         "tabs in UTF-16": plain.replace(",", "\t").encode("utf-16"),
         "a head in capitals, blanks": (" Path , Class \n" + table.replace(",", " , ")).encode(),
         "quotes after a blank": plain.replace(",cat", ', "cat"').encode(),

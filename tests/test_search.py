@@ -89,9 +89,10 @@ def test_a_full_disk_names_the_file(folder, tmp_path, monkeypatch):
 
 
 def test_unreadable_queries_may_be_left_out(folder, tmp_path):
-    queries = (folder / "net.pth", folder / "photos/cat/00.jpg")
+    queries = (folder / "net.pth", tmp_path / "gone.jpg", folder / "photos/cat/00.jpg")
     result = search(folder, "--query", *queries, "--skip_bad")
     assert result.code == 0 and "net.pth: is not an image: left out" in result.out
+    assert "gone.jpg: " in result.out
 
 
 def test_twin_from_elsewhere(folder, tmp_path):

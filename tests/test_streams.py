@@ -50,6 +50,13 @@ def test_a_terminal_that_goes_away(command, tmp_path):
     assert len(json.loads((tmp_path / "hits.json").read_text())) == 12
 
 
+def test_a_full_disk_below_stdout(command, tmp_path):
+    status, said = run(f"{command} > /dev/full")
+    assert status == 2 and said.splitlines() == [
+        "search.py: error: standard output: No space left on device"
+    ]
+
+
 def test_mistakes_have_their_status_without_a_stream(command):
     assert run(f"{command} --k 0 2>&-") == (2, "")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LONGEST_MESSAGE = 1500  # characters
+STREAMS = {1: "standard output", 2: "standard error"}
 
 
 class UserError(ValueError):
@@ -36,15 +37,21 @@ def one_line(text: str) -> str:
 
 
 class LastingFile(io.FileIO):
-    """A pipe or terminal whose reader may go away: what it no longer reads is dropped."""
+    """A standard stream: what a pipe or terminal no longer reads is dropped.
+
+    Another error, such as of a full disk, is raised once.
+    """
+
+    has_failed = False
 
     def write(self, content: bytes) -> int:
         """Write bytes, and return how many."""
         try:
             return super().write(content)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
+            if error.errno not in (errno.EPIPE, errno.EIO) and not self.has_failed:
+                self.has_failed = True
+                raise OSError(error.errno, error.strerror, STREAMS[self.name]) from None
             return len(content)
 
 

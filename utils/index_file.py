@@ -35,7 +35,8 @@ def kept_index(
     Returns the index, and what was done, in words. Raises UserError if the file holds an index of
     another network or of another kind.
     """
-    facts_there, arrays, opened = _read(file) if file.exists() else ({}, {}, None)
+    is_there = file.exists() or Path(f"{file}.npz").exists()
+    facts_there, arrays, opened = _read(file) if is_there else ({}, {}, None)
     network = embeddings.facts["network_sha256"]
     if facts_there and facts_there["network"] != network:
         raise UserError(f"{file}: an index of another network; name another file")
@@ -98,10 +99,12 @@ def _read(file: Path) -> tuple[dict, dict[str, np.ndarray], Any]:
             facts = json.loads(str(content["facts"]))
             facts_there = {name: facts[name] for name in ("network", "images", "kind")}
             arrays = {name: content[name] for name in ("keys", "row_of")}
+        if not file.exists():  # removed, to be built anew
+            return {}, {}, None
         return facts_there, arrays, faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile):
         raise UserError(
-            f"{file}: with {file}.npz not an index of search.py; remove it, or name another file"
+            f"{file}, {file}.npz: not an index of search.py; remove them, or name another file"
         ) from None
 
 

@@ -34,6 +34,10 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[st
     try:
         with open(file, **CSV_FORMAT | encoding) as lines:
             head = lines.readline()
+            n_above = 1
+            if head.lower().startswith("sep="):  # a line for Excel alone
+                head = lines.readline()
+                n_above = 2
             for delimiter in DELIMITERS:
                 cells = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
                 names = [clean(name).lower() for name in cells]
@@ -45,7 +49,7 @@ def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[st
             table = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
             for row in filter(None, table):
                 cells = [row[place] if place < len(row) else "" for place in places]
-                yield f"{file}: line {table.line_num + 1}", cells
+                yield f"{file}: line {table.line_num + n_above}", cells
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a table ({error}); save it as CSV in UTF-8") from None
 
