@@ -193,7 +193,7 @@ def embed(args: argparse.Namespace, stop: StopRequest, processes: Processes) -> 
     shard = args.shard or (processes.share if processes.count > 1 else None)
     if shard:
         embed_shard(args, embedder, source, shard, stop)
-        processes.largest(0)  # until all shards are done
+        processes.wait()  # until all shards are done
     if args.shard is None and processes.is_first:
         embed_rest(args, embedder, source, stop)
 

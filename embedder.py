@@ -76,7 +76,8 @@ class Embedder:
             checkpoint, backbone = None, source
         if isinstance(device, str):
             device = choose_device(device)
-        with torch.random.fork_rng():  # the caller's random numbers stay as they were
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # the caller's random numbers stay as they were
             torch.manual_seed(seed)
             network = load_network(device, checkpoint, backbone, weights, pooling, dim)
         self.model, about = network

@@ -6,7 +6,7 @@ import os
 
 from embedder import Embedder
 
-dependencies = ["torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "h5py", "tqdm"]
+dependencies = ["torch", "torchvision", "numpy", "PIL", "h5py", "tqdm"]
 
 
 def cbswr(checkpoint: str | os.PathLike, **options) -> Embedder:

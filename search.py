@@ -73,16 +73,17 @@ def make_parser() -> Parser:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the options and check them against each other."""
-    parser = make_parser()
-    args = parser.parse(argv)
-    for name, kind in (("nprobe", "ivf"), ("ef_search", "hnsw")):
-        if (
-            name in args.given
-            and args.index in {"exact", None, *KINDS} - {kind}
-            and not args.index_file
-        ):
-            parser.error(f"--{name} goes with --index {kind}")
+    args = make_parser().parse(argv)
+    if not args.index_file:
+        check_effort(args, args.index or "exact")
     return args
+
+
+def check_effort(args: argparse.Namespace, kind: str) -> None:
+    """Raise UserError for a given option that this kind of index does not read."""
+    for name, reader in (("nprobe", "ivf"), ("ef_search", "hnsw")):
+        if name in args.given and kind in set(KINDS) - {reader}:
+            raise UserError(f"--{name} goes with --index {reader}; this index is {kind}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = {"nprobe": args.nprobe, "ef_search": args.ef_search}
         if args.index_file:
             index, done = kept_index(file, Path(args.index_file), args.index, **options)
+            check_effort(args, index.kind)
             print(f"{args.index_file}: {done}")
         else:
             index = Index(file.rows, args.index or "exact", **options)

@@ -37,7 +37,6 @@ from models import (
 )
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head, head_size
-from models.start import MOST_TRAINED
 from recipes import add_method_options, fit_to_data, others_help, read_layers
 from recipes.start import StartChooser
 from utils import options
@@ -68,9 +67,9 @@ CHANGEABLE |= {"data_dir", "log_dir", "data_on"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ by machine
 
 
-def power_or_auto(text: str) -> float | str:
-    """Argparse type: a number above 0, or auto."""
-    return text if text == "auto" else real(0, above=True)(text)
+def refitting(text: str) -> float | str:
+    """Argparse type: off, start, auto, or a number above 0."""
+    return text if text in ("off", "start", "auto") else real(0, above=True)(text)
 
 
 def make_parser(method: str) -> Parser:
@@ -95,9 +94,10 @@ def make_parser(method: str) -> Parser:
     heads = name_of(("random", *HEADS, "auto"))
     add("--head_init", type=heads, default="random", help="auto: chosen by the images")
     add("--whiten_power", type=real(0), default=0.5, help="of the head: 0 is PCA, 1 whitening")
-    add("--refit_head", action=flag, default=False, help="closed form again after each epoch")
-    text = "power then; auto: as --head_init auto chooses (default: --whiten_power)"
-    add("--refit_power", type=power_or_auto, metavar="P", help=text)
+    text = (
+        "closed form again after each epoch: off, that of the start, auto, or a power of whitening"
+    )
+    add("--refit_head", type=refitting, metavar="WHICH", default="off", help=text)
     add = parser.add_argument_group("optimization").add_argument
     add("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores the start and saves it")
     add("--min_images", type=whole(0), default=0, help="with fewer, --n_epoch is 0 unless given")
@@ -148,15 +148,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         run = Path(args.resume).resolve()
         args.checkpoint_dir = str(run.parent)
         args.model_name = run.name
-    if args.refit_head and args.head_init == "random":
+    if args.head_init == "random" and args.refit_head != "off":
         parser.error("--refit_head: a random head has no closed form; give --head_init pca")
-    if "refit_power" in args.given and not args.refit_head:
-        parser.error("--refit_power goes with --refit_head")
-    if {"whiten_power", "refit_power"} & args.given and args.head_init != "whiten":
-        parser.error("--whiten_power and --refit_power go with --head_init whiten")
-    if "refit_power" not in args.given and args.head_init != "auto" and not args.resume:
-        args.refit_power = None  # a head that is given stays of its kind
+    is_power = isinstance(args.refit_head, float)
+    if (is_power or "whiten_power" in args.given) and args.head_init != "whiten":
+        parser.error("--whiten_power and a power of --refit_head go with --head_init whiten")
     args.given |= {name for _, config in layers[1:] for name in config}
+    keeps_kind = args.head_init != "auto" and "refit_head" not in args.given
+    if args.refit_head == "auto" and keeps_kind and not args.resume:
+        args.refit_head = "start"
     args.model_name = args.model_name or f"CBSwR_{NAMES.get(args.dataset, args.dataset)}"
     return args
 
@@ -242,7 +242,7 @@ class Job:
         if make_method.uses_labels:
             facts["labels"] = torch.from_numpy(self.training.class_numbers())
         self.method = make_method(self.model, args, **facts).to(self.device)
-        self.step = self.processes.parallel(self.method, self.device, self.method.uses_all)
+        self.training_step = self.processes.parallel(self.method, self.device, self.method.uses_all)
         make_optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer]
         self.optimizer = make_optimizer(self.method.parameter_groups(args.lr), lr=args.lr)
         self.parts = {"model": self.model, "method": self.method, "optimizer": self.optimizer}
@@ -285,13 +285,15 @@ class Job:
     def refit_head(self) -> None:
         """Give the embedding head its closed form again, for the network as it is now."""
         args = self.args
-        kind, power = args.head_init, args.refit_power or args.whiten_power
-        if power == "auto":
+        if args.refit_head == "start":
+            self.fit_start()
+        elif args.refit_head == "auto":
             pooled, _ = self.features()
             best, measured = self.chooser.best_head(self.model, self.model.pooling, pooled)
             log.info(measured)
-            kind, power = best.kind, best.power
-        self.fit_head(kind, power)
+            self.fit_head(best.kind, best.power)
+        else:
+            self.fit_head(args.head_init, args.refit_head)
 
     def fit_head(self, kind: str, power: float) -> None:
         """Give the embedding head a closed form, by the features of the training images."""
@@ -346,9 +348,7 @@ def train_epoch(job: Job, epoch: int) -> dict:
     state = job.state
     if not state.is_begun:
         with job.stop.at_once(), state.timed("features"):
-            if args.refit_power == "auto":  # less whitening than the start makes better clusters
-                job.fit_head(args.head_init, min(args.whiten_power, MOST_TRAINED))
-            elif epoch == 1:
+            if epoch == 1 or args.refit_head not in ("off", "start"):
                 job.fit_start()
             state.logged = method.begin_epoch(epoch, job.features)
             job.forget_moments(method.restarted())
@@ -361,13 +361,13 @@ def train_epoch(job: Job, epoch: int) -> dict:
     batches = two_view_batches(job.images, plan, args.workers, state.step)
     method.train()
     started = time.perf_counter()
+    job.pooled = None
     for views, index in progress(batches, len(plan) - state.step, f"epoch {epoch}"):
-        job.pooled = None
         step = (epoch - 1) * len(plan) + state.step
         for group in job.optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(args, step, len(plan))
         inputs = job.model.normalization(views.to(job.device, non_blocking=True))
-        losses = job.step(inputs, index.to(job.device))  # the method's forward, see methods/
+        losses = job.training_step(inputs, index.to(job.device))  # the method's, see methods/
         job.optimizer.zero_grad()
         losses["loss"].backward()
         job.optimizer.step()
@@ -394,7 +394,7 @@ def train(job: Job) -> None:
     for epoch in range(state.epoch + 1, args.n_epoch + 1):
         row = train_epoch(job, epoch)
         with job.stop.at_once(), state.timed("evaluate"):
-            if args.refit_head:
+            if args.refit_head != "off":
                 job.refit_head()
             if epoch % args.interval == 0 or epoch == args.n_epoch:
                 row |= job.evaluate()

@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
+import recipes.start
 from benchmarks import paired
 from embedder import Embedder
 from methods import METHODS, Method
@@ -33,10 +34,10 @@ from utils.errors import run_script
 from utils.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-INPUT = ("two_view_batches", "center_crops", "part_crops", "batches_of")  # of the scripts
+INPUT = {"two_view_batches", "center_crops", "part_crops", "batches_of"}  # of the scripts
 WORK = {"score": "scores", "closed_form_head": "head"}
 WORK |= dict.fromkeys(("aligned_share", "score_heads"), "choice of the start")
-FEATURES = ("extract_features", "pooled_features")
+WORK |= dict.fromkeys(("extract_features", "pooled_features"), "features, network")
 
 
 class Clock:
@@ -95,15 +96,11 @@ def replacements(script: ModuleType, clock: Clock) -> Iterator[tuple[object, str
     def timed(owner: object, name: str, stage: str) -> tuple[object, str, Callable]:
         return owner, name, clock.timed(stage, getattr(owner, name))
 
-    for name in INPUT:
-        if hasattr(script, name):
-            yield script, name, clock.waited("input", getattr(script, name))
-    for name, stage in WORK.items():
-        if hasattr(script, name):
-            yield timed(script, name, stage)
-    for name in FEATURES:
-        if hasattr(script, name):
-            yield timed(script, name, "features, network")
+    for module in (script, recipes.start):
+        for name in vars(module).keys() & INPUT:
+            yield module, name, clock.waited("input", getattr(module, name))
+        for name in vars(module).keys() & WORK.keys():
+            yield timed(module, name, WORK[name])
     for method in {method for method in METHODS.values() if "forward" in vars(method)}:
         yield timed(method, "forward", "losses")
     maps = CBSwR.maps

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from utils.distributed import Processes
 from utils.errors import UserError
+from utils.tensors import as_float
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -29,7 +30,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         """Normalize x (B, C, H, W)."""
         if not self.training:
             return super().forward(x)
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = as_float(x)
         count = self.processes.count * wide.numel() // wide.shape[1]
         local_var, local_mean = torch.var_mean(wide, (0, 2, 3), correction=0)  # (C,)
         mean = self.processes.mean(local_mean)

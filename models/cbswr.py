@@ -75,6 +75,11 @@ class CBSwR(nn.Module):
                 maps.append(x)
         return maps
 
+    def view_maps(self, x: Tensor, flip: bool) -> list[list[Tensor]]:
+        """Return the `maps` of images and, with `flip`, those of their mirror images."""
+        views = [x, x.flip(3)] if flip else [x]
+        return [self.maps(view) for view in views]
+
     def pool(self, maps: Sequence[Tensor]) -> Tensor:
         """Pool feature maps (B, C_l, h_l, w_l) of the pooled layers to (B, C)."""
         return self.pooling(maps)
@@ -97,11 +102,7 @@ class CBSwR(nn.Module):
         Args:
             flip: average the pooled features of the images and of their mirror images.
         """
-        pooled = self.pool(self.maps(x))
-        if flip:
-            pooled = (pooled + self.pool(self.maps(x.flip(3)))) / 2
-            if self.pooling.unit:
-                pooled = F.normalize(pooled, dim=1)
+        pooled = self.pooling.over_views(self.view_maps(x, flip))
         return pooled, self.embed(pooled)
 
     def train_parts(self, n_stages: int = 0, batch_norm: bool = False) -> None:

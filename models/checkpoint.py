@@ -103,7 +103,7 @@ def load_network(
         return model.to(device, memory_format=torch.channels_last).eval(), about
     model, info = load_checkpoint(find_checkpoint(checkpoint), device, backbone)
     if dim is not None:
-        if info["config"].get("head_init", "random") == "random":
+        if not _has_closed_form(info):
             raise UserError(
                 f"{checkpoint}: the numbers of its embedding are not in order, as its head is not "
                 f"in closed form; it cannot be cut to {dim}"
@@ -114,6 +114,13 @@ def load_network(
     for name in ("backbone", "epoch", "flip_eval", "n_cluster", "low_dim", "image_size"):
         about[name] = info[name]
     return model.to(memory_format=torch.channels_last), about
+
+
+def _has_closed_form(info: dict) -> bool:
+    """Whether the head is as `models.closed_form` made it, by what is known of its training."""
+    config = info["config"]
+    is_refitted = config.get("refit_head", False) not in (False, "off")
+    return config.get("head_init", "random") != "random" and (is_refitted or info["epoch"] == 0)
 
 
 def _current_config(config: object) -> dict:

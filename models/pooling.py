@@ -137,6 +137,14 @@ class Pooling:
             return parts[0]
         return F.normalize(torch.cat([F.normalize(part, dim=1) for part in parts], 1), dim=1)
 
+    def over_views(self, views: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Average the pooled features (B, `width`) of several views of the same images."""
+        parts = [self(maps) for maps in views]
+        if len(parts) == 1:
+            return parts[0]
+        mean = sum(parts) / len(parts)
+        return F.normalize(mean, dim=1) if self.unit else mean
+
     def __str__(self) -> str:
         """Describe the pooling in words."""
         names = self.layers or ("",)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from models.spec import BackboneSpec, InputNormalization
 from utils.errors import UserError
+from utils.tensors import as_float
 
 TIMM_PREFIX = "timm:"
 _NAME = re.compile(r"timm:\w+(\.\w+)?")  # nothing that timm would take for an address or a folder
@@ -123,7 +124,7 @@ def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if tuple(x.shape[-2:]) == size:
         return x
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = as_float(x)
     with torch.autocast(x.device.type, enabled=False):
         rows = _resize_matrix(int(x.shape[-2]), size[0]).to(wide)
         columns = _resize_matrix(int(x.shape[-1]), size[1]).to(wide)

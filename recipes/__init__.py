@@ -61,11 +61,11 @@ def read_layers(argv: list[str]) -> tuple[str, list[tuple[str, dict]]]:
         config = read_json_object(sources.config) if sources.config else {}
         recipe = str(sources.recipe or config.get("recipe", "paper"))
         layers = [(recipe, read_recipe(recipe)), (sources.config, config)]
-    methods = [options.pop("method") for _, options in layers if "method" in options]
-    if methods[-1] not in list(METHODS):
-        names = ", ".join(METHODS)
-        raise UserError(f"{layers[0][0]}: the method is one of {names}, not {methods[-1]!r}")
-    return methods[-1], layers
+    methods = {source: options.pop("method") for source, options in layers if "method" in options}
+    source, method = list(methods.items())[-1]
+    if method not in list(METHODS):
+        raise UserError(f"{source}: the method is one of {', '.join(METHODS)}, not {method!r}")
+    return method, layers
 
 
 def read_recipe(name: str) -> dict:

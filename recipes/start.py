@@ -11,7 +11,15 @@ from torch import Tensor
 from datasets.arrays import Split
 from datasets.views import N_PARTS, center_crops, part_crops
 from models import CBSwR, Pooling, build_model, pooled_channels, pooled_width
-from models.start import ALIGNED, FEWEST_ALIGNED, Head, aligned_share, best_of, score_heads
+from models.start import (
+    ALIGNED,
+    FEWEST_ALIGNED,
+    MOST_TRAINED,
+    Head,
+    aligned_share,
+    best_of,
+    score_heads,
+)
 from utils.distributed import Processes
 from utils.features import pooled_features
 from utils.progress import progress
@@ -66,17 +74,22 @@ class StartChooser:
         args.head_init = best.kind
         args.whiten_power = best.power
         remarks += [remark, f"the start is {best.name} with stripes {args.stripes}"]
+        if args.n_epoch and args.refit_head == "auto" and best.power > MOST_TRAINED:
+            args.whiten_power = MOST_TRAINED  # less whitened embeddings make better clusters
+            remarks.append(f"it is trained from whiten {MOST_TRAINED:g}")
         return pooled[number], remarks
 
     def candidates(self) -> list[Pooling]:
         """Return the poolings that a start may have: those wide enough for a given --low_dim."""
         args = self.args
-        texts = dict.fromkeys(["1", args.stripes])
+        plain, striped = (
+            Pooling.parse(args.layers, args.pool, True, text) for text in ("1", args.stripes)
+        )
+        poolings = [plain, striped] if striped.in_stripes else [plain]
         if "stripes" in args.given:
-            texts = [args.stripes]
+            poolings = [striped]
         elif len(self.training) < FEWEST_ALIGNED:
-            texts = ["1"]
-        poolings = [Pooling.parse(args.layers, args.pool, True, text) for text in texts]
+            poolings = [plain]
         if "low_dim" not in args.given:
             return poolings
         wide = [pool for pool in poolings if pooled_width(args.backbone, pool) >= args.low_dim]

@@ -54,11 +54,12 @@ def test_a_tiny_run(benchmark, ways, tmp_path: Path, capsys):
 
 def test_the_stages_of_a_command(tmp_path, capsys):
     data = write_dataset(tmp_path / "data")
-    words = options(data, tmp_path, recipe="best", head_init="pca", min_images=0)
+    words = options(data, tmp_path, recipe="best", low_dim=None, min_images=0)
     out = tmp_path / "out.json"
     stages.main(["--out", str(out), "--", "train.py", *words])
     measured = json.loads(out.read_text())["stages"]
     assert {"input", "features, network", "head", "losses", "k-means", "scores"} <= set(measured)
+    assert "choice of the start" in measured
     assert {"training, network forward", "training, backward", "checkpoint"} <= set(measured)
     assert all(seconds >= 0 for seconds in measured.values())
     assert "%  training, backward" in capsys.readouterr().out

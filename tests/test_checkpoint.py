@@ -123,13 +123,17 @@ def test_a_frozen_backbone_is_a_network_too():
 
 def test_a_network_of_a_run_and_its_first_dimensions(tmp_path, small):
     config = {"backbone": "resnet_small", "head_init": "pca", "flip_eval": True}
+    config["refit_head"] = "start"
     path = save(tmp_path / "best.pth", small, epoch=2, config=config)
     model, about = load_network("cpu", str(tmp_path), dim=4)  # the folder of the run
     assert (about["checkpoint"], about["features"], about["epoch"]) == (str(path), "embedding", 2)
     assert about["low_dim"] == model.low_dim == 4 and about["flip_eval"]
-    save(path, small, config={"backbone": "resnet_small"})
-    with pytest.raises(UserError, match=r"not in order, .* cannot be cut to 4"):
-        load_network("cpu", str(tmp_path), dim=4)
+    for changed in ({"head_init": "random"}, {"refit_head": "off"}):
+        save(path, small, epoch=2, config=config | changed)
+        with pytest.raises(UserError, match=r"not in order, .* cannot be cut to 4"):
+            load_network("cpu", str(tmp_path), dim=4)
+    save(path, small, epoch=0, config=config | {"refit_head": "off"})
+    assert load_network("cpu", str(tmp_path), dim=4)[0].low_dim == 4
 
 
 # ----------------------------------------------------------------------------------- refused

@@ -99,6 +99,12 @@ def test_torch_hub(place):
     assert frozen(Image.open(photo)).shape == (1, 128)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda1", "cuda:9999"])
+def test_a_device_that_is_not_there(place, device):
+    with pytest.raises((UserError, RuntimeError), match="device"):
+        Embedder(place / "net.pth", device=device)
+
+
 def test_what_is_no_network():
     with pytest.raises(UserError, match=r"none\.pth"):
         Embedder("none.pth")

@@ -47,13 +47,21 @@ def options_of(method: str) -> dict[str, argparse.Action]:
 # ---------------------------------------------------------------- recipes and layers
 
 
+WHITEN = ("--head_init=whiten",)
+
+
 def test_the_command_line_stands_above_a_file_above_the_recipe_above_the_defaults(tmp_path):
-    file = write(tmp_path / "options.json", {"lr": 0.5, "t": 0.2, "refit_head": False})
+    file = write(tmp_path / "options.json", {"lr": 0.5, "t": 0.2, "refit_head": "off"})
     args = train.parse_args(["--recipe=best", f"--config={file}", "--t=0.3"])
     assert (args.method, args.recipe) == ("soft_centers", "best")
     assert (args.t, args.lr, args.low_dim, args.target_t) == (0.3, 0.5, 512, 0.05)
-    assert args.refit_head is False
-    assert train.parse_args(["--recipe=best", "--no-refit_head"]).refit_head is False
+    assert args.refit_head == "off"
+    assert train.parse_args(["--recipe=best", "--refit_head=0.8", *WHITEN]).refit_head == 0.8
+    assert (
+        train.parse_args(["--recipe=best", *WHITEN]).refit_head == "start"
+    )  # it stays of its kind
+    file = write(tmp_path / "options.json", {"head_init": "whiten", "refit_head": 0.8})
+    assert train.parse_args(["--recipe=best", f"--config={file}"]).refit_head == 0.8
     assert train.parse_args([]).method == "cbswr"
 
 
@@ -94,6 +102,11 @@ def test_the_recipes_of_the_project_hold_what_their_methods_read(path):
 def test_a_fault_in_a_file_names_it(tmp_path, content, words):
     path = write(tmp_path / "mine.json", content)
     failed(execute("--recipe", path, "--lr=0.5"), words, path)
+
+
+def test_the_file_that_names_no_method_is_named(tmp_path):
+    path = write(tmp_path / "more.json", {"method": "cbs"})
+    failed(execute("--config", path), "more.json: the method is one of cbswr, ")
 
 
 def test_a_recipe_that_is_not_there():
@@ -152,7 +165,7 @@ CHANGED = """lr=0.01 low_dim=8 seed=4 batch_size=6 precision=bf16 pool=gem layer
     stripes=2 head_init=pca optimizer=adamw train_stages=1 schedule=cosine warmup_epochs=0.5
     train_batch_norm"""
 ELSEWHERE = """help recipe config dataset data_dir image_size n_images min_images backbone
-    weights whiten_power refit_head refit_power n_epoch interval flip_eval nmi val_classes
+    weights whiten_power refit_head n_epoch interval flip_eval nmi val_classes
     model_name checkpoint_dir log_dir checkpoint_every_steps resume overwrite tensorboard device
     test_batch workers eval_memory_mb deterministic data_on"""
 CHANGED_OF = {

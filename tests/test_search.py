@@ -187,6 +187,12 @@ def test_approximate_search(folder):
     assert result.code == 0 and "ivf, 1 cells, 1 looked into" in result.out
 
 
+def test_an_effort_that_the_kept_index_does_not_read(folder, tmp_path):
+    words = ("--query", folder / "photos/cat", "--index_file", tmp_path / "photos.index")
+    assert search(folder, *words, "--index", "hnsw").code == 0
+    failed(search(folder, *words, "--nprobe", 1), "--nprobe goes with --index ivf")
+
+
 def test_without_faiss(monkeypatch):
     monkeypatch.setattr(utils.index, "faiss", None)
     with pytest.raises(UserError, match="needs faiss"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 from collections.abc import Iterator
 
@@ -29,6 +30,17 @@ def test_a_signal_is_met_at_the_next_check(number, capfd):
         assert caught.value.status == 128 + number
     err = capfd.readouterr().err
     assert "stopping as soon as the state is whole; a second signal stops at once" in err
+
+
+def test_a_terminal_that_is_gone_is_no_error(monkeypatch):
+    def write(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.write", write)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        with pytest.raises(Stopped, match="SIGHUP"):
+            stop.check()
 
 
 @pytest.mark.parametrize("is_early", [False, True])

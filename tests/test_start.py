@@ -140,6 +140,7 @@ def test_parts_lie_where_they_should(tmp_path):
     assert all(map(torch.equal, shared, batches))
 
 
+FROZEN = "frozen features"
 SETTINGS = {"recipe": "best", "low_dim": None, "lr": None, "batch_size": 8}
 
 
@@ -156,12 +157,14 @@ def test_the_recipe_keeps_its_choice(tmp_path, monkeypatch, least, stripes):
     heads = re.findall(r"head by (.*) of the features", log)
     assert len(measures) == 3 and len(heads) == 4  # the start; before and after each epoch
     assert all(float(head.partition(" ")[2] or 0) <= 0.45 for head in heads[::2])
-    start_head = f"{config['head_init']} {config['whiten_power']:g}".replace("svd 0", "svd")
+    start_head = re.search(r"the start is (.*) with stripes", log)[1]
+    trained_power = min(0.45, float(start_head.removeprefix("whiten ").replace(FROZEN, "0")))
+    assert config["whiten_power"] == trained_power
     for measure, head in zip(measures, [start_head, *heads[1::2]], strict=True):
         scores = {text[:-6]: float(text[-5:]) for text in measure.split(", ")}
         assert len(scores) == 9
         least = max(scores.values()) * (0.98 if stripes == "3,1" else 1) - 0.001  # three digits
-        assert scores[head.replace("svd", "frozen features")] >= least
+        assert scores[head.replace("svd", FROZEN)] >= least
     again = stopped(tmp_path / "data", tmp_path / "stopped", 20, n_epoch=2, **SETTINGS)
     assert_same(resumed(again), run)
 
@@ -171,7 +174,7 @@ def test_a_kind_of_head_that_is_given_stays(tmp_path):
     run = trained(tmp_path / "data", tmp_path, "--head_init=pca", n_epoch=1, **SETTINGS)
     log = (run.run / f"{run.run.name}.log").read_text()
     assert log.count("head by pca of") == 2 and "find parts" not in log
-    assert json.loads((run.run / "config.json").read_text())["refit_power"] is None
+    assert json.loads((run.run / "config.json").read_text())["refit_head"] == "start"
 
 
 def test_options_that_are_given_stay(tmp_path):
@@ -184,6 +187,12 @@ def test_options_that_are_given_stay(tmp_path):
     config = json.loads((run.run / "config.json").read_text())
     assert (config["stripes"], config["low_dim"]) == ("3,1", 300)
     (tmp_path / "more.json").write_text('{"n_epoch": 1, "stripes": "2,1"}')
+    (tmp_path / "plain.json").write_text(
+        '{"method": "soft_centers", "layers": "last2", "head_init": "auto", "stripes": "1,1"}'
+    )
+    plain = {"recipe": tmp_path / "plain.json", "low_dim": None, "n_epoch": 0}
+    run = trained(tmp_path / "data", tmp_path / "d", **plain)
+    assert json.loads((run.run / "config.json").read_text())["stripes"] in ("1", "1,1")
     more = f"--config={tmp_path / 'more.json'}"
     run = trained(tmp_path / "data", tmp_path / "c", more, **words, low_dim=None)
     config = json.loads((run.run / "config.json").read_text())

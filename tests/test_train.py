@@ -106,7 +106,7 @@ def test_training_learns(data, tmp_path):
 
 
 def test_a_refitted_head_is_the_closed_form_of_the_trained_features(data, tmp_path):
-    powers = ("--head_init=whiten", "--whiten_power=0.6", "--refit_power=0.7")
+    powers = ("--head_init=whiten", "--whiten_power=0.6", "--refit_head=0.7")
     run = trained(data, tmp_path, *powers, recipe="best", lr=1e-3)
     model, _ = load_checkpoint(run.run / "last.pth")
     crops = center_crops(load_split(data, "tiny", "training"), 100)
@@ -121,7 +121,7 @@ def test_the_moments_of_a_head_that_was_refitted_are_dropped(data, tmp_path):
         run = trained(data, tmp_path / str(len(words)), "--recipe=best", *words)
         return len(run.saved["optimizer"]["state"])
 
-    assert n_moments("--no-refit_head") - n_moments() == 2  # weight and bias
+    assert n_moments("--refit_head=off") - n_moments() == 2  # weight and bias
 
 
 def test_the_seed_and_not_the_workers_decide(data, tmp_path, baseline):

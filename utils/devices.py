@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,14 +15,19 @@ from utils.errors import UserError
 
 def choose_device(name: str, processes: Processes = ALONE) -> torch.device:
     """Return the device of this process: "auto" takes a GPU of its own if there is one, else the
-    CPU.
+    CPU; "cuda:1" is that GPU.
 
-    Raises UserError if cuda is asked for and absent, or has fewer GPUs than processes.
+    Raises UserError for another name, and if cuda is asked for and absent, or has fewer GPUs than
+    processes.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UserError(f"device {name}: choose auto, cpu, cuda or cuda:1")
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("torch sees no CUDA device here; use the device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if ":" in name:
+        return torch.device(name)
     if processes.local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {processes.local_rank + 1} of this machine has no GPU of its own, torch sees "

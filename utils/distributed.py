@@ -105,6 +105,10 @@ class Processes:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers)
 
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.largest(0)
+
     def from_first(self, value: Any) -> Any:
         """Return the first process's value: plain data, arrays, tensors on the CPU."""
         if self.count == 1:
@@ -188,7 +192,7 @@ def joined() -> Iterator[Processes]:
     processes = Processes(rank, count, int(os.environ["LOCAL_RANK"]))
     try:
         yield processes
-        processes.largest(0)  # wait for processes that still work
+        processes.wait()
     except (Exception, KeyboardInterrupt) as error:
         if _count_failure(store) > 1:
             raise SystemExit(getattr(error, "status", 1)) from None

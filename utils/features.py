@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from utils.distributed import ALONE, Processes
 from utils.errors import DivergedError
@@ -27,9 +26,7 @@ def pooled_features(
     processes: Processes = ALONE,
     flip: bool = False,
 ) -> list[Tensor]:
-    """Compute the features (N, C) of images by each of several poolings, on the CPU.
-
-    Rows are float32 of unit length.
+    """Compute the pooled features (N, C) of images by each of several poolings, float32 on the CPU.
 
     Args:
         batches, flip: as in `extract_features`.
@@ -39,9 +36,8 @@ def pooled_features(
     """
 
     def features_of(inputs: Tensor) -> list[Tensor]:
-        images = [inputs, inputs.flip(3)] if flip else [inputs]
-        views = [model.maps(image) for image in images]
-        return [F.normalize(sum(map(pooling, views)), dim=1) for pooling in poolings]
+        views = model.view_maps(inputs, flip)
+        return [pooling.over_views(views) for pooling in poolings]
 
     return _of_all(features_of, model, batches, precision, processes)
 

@@ -257,8 +257,10 @@ def find_checkpoint(path: str) -> Path:
     folder = run_folder(Path(path))
     if Path(path).is_file() or not folder.is_dir():
         return Path(path)
+    metrics = folder / METRICS
+    is_begun = metrics.is_file() and not metrics.stat().st_size  # stopped within its first epoch
     for name in (BEST, LAST):
-        if (folder / name).is_file():
+        if (folder / name).is_file() and not is_begun:
             return folder / name
     raise UserError(f"{folder / BEST}: no such file; {folder} holds no finished epoch yet")
 

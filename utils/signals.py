@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
@@ -81,4 +81,5 @@ class StopRequest:
 def _tell(text: str) -> None:
     """Write a line to stderr from a signal handler, which may have interrupted a print."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"{os.path.basename(sys.argv[0])}: {text}\n".encode())
+        with suppress(OSError):  # the terminal may be gone, which is often why to stop
+            os.write(2, f"{os.path.basename(sys.argv[0])}: {text}\n".encode())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def as_float(x: Tensor) -> Tensor:
     """Return `x` in float32, or as it is if it is float64."""
-    return x if x.dtype.itemsize == 8 and x.is_floating_point() else x.float()
+    return x if x.dtype == torch.float64 else x.float()
