@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run
 
 from benchmarks.paired import RESULTS
 from utils.errors import UserError, run_script
-from utils.files import written_whole
+from utils.files import write_text
 from utils.options import Parser
+from utils.tables import markdown_table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 WORK = {
@@ -111,8 +112,7 @@ TABLES = {
 
 def placed(page: str, name: str, lines: Sequence[Sequence[str]]) -> str:
     """Return a page with a table between its markers."""
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = markdown_table(lines)
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, _, rest = page.partition(start)
     _, marker, after = rest.partition(end)
@@ -132,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fresh = placed(fresh, name, list(lines()))
     if options.check:
         return int(fresh != page)
-    with written_whole(PAGE) as beside:
-        beside.write_text(fresh, encoding="utf-8")
+    write_text(PAGE, fresh)
     return 0
 
 

@@ -26,7 +26,7 @@ from benchmarks.paired import machine
 from utils.clustering import choose_k, kmeans
 from utils.embeddings import open_embeddings
 from utils.errors import run_script
-from utils.files import write_json, written_whole
+from utils.files import write_json, write_text
 from utils.options import Parser, path_name
 from utils.tables import markdown_table
 
@@ -86,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     write_json(f"{args.out_dir}/clusters.json", {"machine": machine(), "rows": results})
     text = markdown_table([COLUMNS, *map(line_of, results)])
-    with written_whole(f"{args.out_dir}/clusters.md") as beside:
-        beside.write_text(text, encoding="utf-8")
+    write_text(f"{args.out_dir}/clusters.md", text)
     print(text, end="")
 
 

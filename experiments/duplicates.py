@@ -28,7 +28,7 @@ from datasets.images import find_images, open_rgb
 from embedder import Embedder
 from models import Pooling
 from utils.errors import run_script
-from utils.files import write_json, written_whole
+from utils.files import write_json, write_text
 from utils.options import Parser, path_name, real, whole
 from utils.progress import progress
 from utils.tables import markdown_table
@@ -118,8 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(f"{stem}.json", facts | {"rows": lines})
     table = [[f"{s:g}", *(f"{v:.1f}" for v in rest)] for s, *rest in map(dict.values, lines)]
     text = markdown_table([list(lines[0]), *table])
-    with written_whole(f"{stem}.md") as beside:
-        beside.write_text(text, encoding="utf-8")
+    write_text(f"{stem}.md", text)
     print(text, end="")
 
 

@@ -41,7 +41,7 @@ from utils.devices import choose_device
 from utils.errors import UserError, run_script
 from utils.evaluation import score, why_no_nmi
 from utils.features import pooled_features
-from utils.files import check_writable, write_json, written_whole
+from utils.files import check_writable, write_json, write_text
 from utils.options import Parser, add_machine, add_precision, folder_name, path_name, whole
 from utils.progress import progress
 from utils.tables import markdown_table
@@ -231,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for dataset in datasets:
         rows += rows_of(args, dataset, halves[dataset])
         write_json(f"{stem}.json", facts | {"rows": rows})
-        with written_whole(f"{stem}.md") as beside:
-            beside.write_text(table_of(rows), encoding="utf-8")
+        write_text(f"{stem}.md", table_of(rows))
     print(f"{stem}.json")
 
 

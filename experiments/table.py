@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run
 from experiments import runs
 from experiments.runs import Row, Setting, plain_name
 from utils.errors import run_script
-from utils.files import write_json, written_whole
+from utils.files import write_json, write_text, written_whole
 from utils.runs import nmi_remark, recall_titles
+from utils.tables import markdown_table
 
 SPECIAL = {
     "frozen": None,
@@ -83,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         place = [setting.dataset, str(records[0]["scores"]["image_size"]), setting.backbone]
         overview.append([*place, *(" / ".join(cells(line, DRAWN.values())) for line in lines)])
         if len(args.dataset) * len(args.backbone) * len(args.image_size) > 1:
-            write(f"{stem_of(args, args.name)}.md", markdown(overview, "R@1 / NMI in percent."))
+            write_text(
+                f"{stem_of(args, args.name)}.md", markdown(overview, "R@1 / NMI in percent.")
+            )
 
     runs.run_tables(args, rows, shared, write_one)
 
@@ -154,7 +157,7 @@ def write_table(
             text.append(PUBLISHED.get((setting.dataset, row.name), ""))
     about = describe(args, setting, records)
     stem = stem_of(args, setting.name_of(args.name))
-    write(f"{stem}.tex", latex(texts, about))
+    write_text(f"{stem}.tex", latex(texts, about))
     write_results(stem, lines, texts, about, records)
     draw(f"{stem}.png", [row.title for row in rows], lines)
     if any(len(record.get("epochs", [])) > 1 for record in records):
@@ -204,15 +207,14 @@ def write_results(
     table.writeheader()
     for line in lines:
         table.writerow(line | {k: f"{v:.4f}" for k, v in line.items() if isinstance(v, float)})
-    write(f"{stem}.csv", text.getvalue())
-    write(f"{stem}.md", markdown(texts, about))
+    write_text(f"{stem}.csv", text.getvalue())
+    write_text(f"{stem}.md", markdown(texts, about))
     print(markdown(texts, about), end="")
 
 
 def markdown(texts: Sequence[Sequence[str]], about: str) -> str:
     """Return a table, its heads first, with a text below."""
-    texts = [texts[0], ["---"] * len(texts[0]), *texts[1:]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in texts) + f"\n{about}\n"
+    return f"{markdown_table(texts)}\n{about}\n"
 
 
 def latex(texts: Sequence[Sequence[str]], about: str) -> str:
@@ -285,12 +287,6 @@ def save(figure: Figure, path: str) -> None:
     """Write a figure as PNG, whole."""
     with written_whole(path) as beside:
         figure.savefig(beside, format="png", dpi=110)
-
-
-def write(path: str, text: str) -> None:
-    """Write a text, whole."""
-    with written_whole(path) as beside:
-        beside.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

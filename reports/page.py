@@ -24,7 +24,7 @@ from reports.runs import Run, open_data, open_network, read_run
 from reports.sights import TRAINING_IMAGES, Sights, look
 from utils.devices import choose_device
 from utils.errors import UserError
-from utils.files import written_whole
+from utils.files import write_text
 from utils.runs import BEST, recall_titles, scalars
 
 FOLDER = Path(__file__).parent
@@ -72,8 +72,7 @@ def write_report(
         write_figures(figures, charts([(runs[0].name, runs[0].rows)]), sights[0])
     compared = [read_run(before), *runs] if before else runs
     page = render(runs, sights, options, bars_of(compared))
-    with written_whole(out) as path:
-        path.write_text(page, encoding="utf-8", errors="replace")  # names of any bytes
+    write_text(out, page)
     return [f"{run.path}: {sentence}" for run in runs for sentence in run.missing.values()]
 
 

@@ -33,7 +33,8 @@ from training import (
 import train
 from methods.cbswr import CBSwRMethod
 from models import build_model
-from utils.runs import RunFolder, State
+from utils.errors import UserError
+from utils.runs import RunFolder, State, find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"recipe": "kmeans", "n_epoch": 2, "batch_size": 4, "positives": "nn", "n_cluster": 4}
@@ -134,6 +135,8 @@ State.end_step = slow
     (line,) = result.err.splitlines()[1:]
     assert line.startswith("train.py: stopped at once by a second signal")
     assert torch.load(last)["state"]["step"] == 2
+    with pytest.raises(UserError, match="holds no finished epoch yet"):
+        find_checkpoint(str(last.parent))
 
 
 def wait_for(holds: Callable[[], bool]) -> None:

@@ -49,10 +49,15 @@ def disk_faults(path: str | os.PathLike, advice: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text in UTF-8, whole (see `written_whole`); bytes of odd file names become "?"."""
+    with written_whole(path) as beside:
+        beside.write_text(text, encoding="utf-8", errors="replace")
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write `content` as indented JSON, whole (see `written_whole`)."""
-    with written_whole(path) as beside:
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_target(target: str, ending: str = "") -> None:

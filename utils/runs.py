@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import DivergedError, UserError
-from utils.files import disk_faults, lock_file, sync_folder, written_whole
+from utils.files import disk_faults, lock_file, sync_folder, write_text, written_whole
 from utils.torch_files import read_torch_file, write_torch_file
 
 CONFIG = "config.json"
@@ -207,11 +207,8 @@ class RunFolder:
 
     def _write_text(self, name: str, text: str) -> None:
         path = self.path / name
-        with (
-            disk_faults(path, f"free space there, then resume {self.path}"),
-            written_whole(path) as beside,
-        ):
-            beside.write_text(text, encoding="utf-8")
+        with disk_faults(path, f"free space there, then resume {self.path}"):
+            write_text(path, text)
 
 
 def _link(source: Path, target: Path) -> None:
