@@ -10,7 +10,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import utils.threads  # noqa: F401
@@ -99,12 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def bar(items: Iterable, title: str) -> Iterable:
-    """Show how far a list of work is done."""
-    items = list(items)
-    return progress(items, len(items), title)
-
-
 def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
     """Cluster by k-means, the clusters numbered by size; the most central images come first."""
     rows = np.array(file.rows, np.float32)
@@ -112,7 +106,7 @@ def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
     if k == "auto" and len(rows) < 2 * FEWEST_CLUSTERS:
         k = 1
     elif k == "auto":
-        k, stability = choose_k(rows, args.seed, bar)
+        k, stability = choose_k(rows, args.seed, progress)
         shares = ", ".join(f"{count} {value:.2f}" for count, value in stability.items())
         print(f"{k} clusters; stability by number of clusters: {shares}")
     clusters, centers, _ = kmeans_of_any_size(
@@ -144,7 +138,7 @@ def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
 def find_duplicates(args: argparse.Namespace, file: Embeddings) -> None:
     """Find images that show the same; the first of a group is the one that comes first by path."""
     contents = file.columns.get("sha256", [""] * len(file.rows))
-    groups = duplicate_groups(file.rows, contents, args.duplicates, bar)
+    groups = duplicate_groups(file.rows, contents, args.duplicates, progress)
     table = []
     for number, group in enumerate(groups, 1):
         first = file.rows[group[0]].astype(np.float32)

@@ -258,9 +258,8 @@ def write(
         print(f"{out}: going on after {writer.images} of {len(source)} images")
     source.earlier_rows = writer.earlier_rows
     batches = batches_of(source, args.test_batch, writer.images)
-    n_batches = (len(source) - writer.images) / args.test_batch
     with closing(writer):
-        for crops in progress(batches, n_batches, "embedding"):
+        for crops in progress(batches, "embedding"):
             if not args.skip_bad:
                 refuse_unreadable(crops)
             writer.add(

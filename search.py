@@ -142,7 +142,7 @@ def embed_queries(
     queries = []
     parts = []
     batches = batches_of(source, args.test_batch)
-    for crops in progress(batches, len(source) / args.test_batch, "queries"):
+    for crops in progress(batches, "queries"):
         for path, reason in crops.unreadable:
             if not args.skip_bad:
                 raise UserError(f"--query {path}: {reason}; leave it out, or give --skip_bad")

@@ -109,8 +109,7 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     check_crop_size(model.backbone_name, crop_size(split.image_size))
     flip = about["flip_eval"] if args.flip_eval is None else args.flip_eval
     batches = center_crops(split, args.test_batch, args.workers, processes.share)
-    n_batches = len(split) / (args.test_batch * processes.count)
-    batches = progress(batches, n_batches, "test features")
+    batches = progress(batches, "test features")
     pooled, embeddings = extract_features(model, batches, args.precision, processes, flip)
     if not processes.is_first:
         return

@@ -274,7 +274,7 @@ class Job:
         """Compute pooled features and embeddings of the center crops of a split."""
         args = self.args
         crops = center_crops(split, args.test_batch, args.workers, self.processes.share)
-        batches = progress(crops, len(split) / (args.test_batch * self.processes.count), title)
+        batches = progress(crops, title)
         return extract_features(self.model, batches, args.precision, self.processes, args.flip_eval)
 
     def fit_start(self) -> None:
@@ -362,7 +362,7 @@ def train_epoch(job: Job, epoch: int) -> dict:
     method.train()
     started = time.perf_counter()
     job.pooled = None
-    for views, index in progress(batches, len(plan) - state.step, f"epoch {epoch}"):
+    for views, index in progress(batches, f"epoch {epoch}"):
         step = (epoch - 1) * len(plan) + state.step
         for group in job.optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(args, step, len(plan))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from datasets.arrays import Split, beside
 from datasets.images import UnreadableError, decode_image
-from datasets.views import center_crop, read_ahead
+from datasets.views import ReadAhead, center_crop
 from utils.embeddings import KnownRows
 from utils.tables import CSV_FORMAT
 
@@ -178,12 +178,10 @@ def _facts(source: FileSource | ArraySource, fingerprint: str) -> dict:
     return {"image_size": source.image_size, "images": len(source), "source": fingerprint}
 
 
-def batches_of(
-    source: FileSource | ArraySource, batch_size: int, first: int = 0
-) -> Iterator[ImageBatch]:
-    """Iterate the crops of all images from number `first` on, in order, one batch read ahead."""
+def batches_of(source: FileSource | ArraySource, batch_size: int, first: int = 0) -> ReadAhead:
+    """Iterate crops (`ImageBatch`) from image number `first` on, in order, one batch ahead."""
     starts = range(first, len(source), batch_size)
-    return read_ahead(lambda start: source.crops(start, start + batch_size), starts, workers=1)
+    return ReadAhead(lambda start: source.crops(start, start + batch_size), starts, workers=1)
 
 
 def listed_paths(split: Split) -> list[tuple[str, str]]:

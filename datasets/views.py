@@ -7,7 +7,7 @@ therefore depends neither on the number of workers nor on where a run was stoppe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -154,7 +154,7 @@ def images_on(device: torch.device, images: np.ndarray, data_on: str) -> np.ndar
 
 def two_view_batches(
     images: np.ndarray | Tensor, plan: EpochPlan, workers: int, first_batch: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> ReadAhead:
     """Iterate an epoch: views uint8 (2m, crop, crop, 3) and image numbers (m,) of each batch.
 
     images: an array (M, S, S, 3), cut ahead by `workers` threads, or a tensor on a device,
@@ -170,7 +170,7 @@ def two_view_batches(
             return gather_crops(images, crops, size), index
         return torch.from_numpy(cut_crops(images, crops, size)), index
 
-    yield from read_ahead(cut, batches, 0 if isinstance(images, Tensor) else workers)
+    return ReadAhead(cut, batches, 0 if isinstance(images, Tensor) else workers)
 
 
 def center_crop(images: np.ndarray) -> np.ndarray:
@@ -182,7 +182,7 @@ def center_crop(images: np.ndarray) -> np.ndarray:
 
 def center_crops(
     split: Split, batch_size: int, workers: int = 1, share: tuple[int, int] = (0, 1)
-) -> Iterator[Tensor]:
+) -> ReadAhead:
     """Iterate the center crops of all images in order, in batches uint8 (<= batch_size, crop,
     crop, 3).
 
@@ -195,7 +195,7 @@ def center_crops(
 
     part, n_parts = share
     starts = range(part * batch_size, len(split), n_parts * batch_size)
-    yield from read_ahead(cut, starts, workers)
+    return ReadAhead(cut, starts, workers)
 
 
 def part_crops(
@@ -205,7 +205,7 @@ def part_crops(
     batch_size: int,
     workers: int = 1,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[Tensor]:
+) -> ReadAhead:
     """Iterate parts of images, enlarged to crops, in batches uint8 (<= 4 batch_size, crop, crop,
     3).
 
@@ -240,25 +240,35 @@ def part_crops(
 
     rank, count = share
     starts = range(rank * batch_size, len(index), count * batch_size)
-    yield from read_ahead(cut, starts, workers)
+    return ReadAhead(cut, starts, workers)
 
 
-def read_ahead(make: Callable, numbers: Iterable[int], workers: int) -> Iterator:
-    """Yield make(number) for each number in order, computed ahead by threads; with 0 workers on
-    demand.
+class ReadAhead:
+    """Iterates make(number) for each number in order, computed ahead by threads; without workers
+    on demand. Its length is that of the numbers.
     """
-    if workers == 0:
-        yield from map(make, numbers)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque = deque()
-        try:
-            for number in numbers:
-                pending.append(pool.submit(make, number))
-                if len(pending) > workers:
+
+    def __init__(self, make: Callable, numbers: Sequence[int], workers: int) -> None:
+        self.make = make
+        self.numbers = numbers
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator:
+        if self.workers == 0:
+            yield from map(self.make, self.numbers)
+            return
+        with ThreadPoolExecutor(self.workers) as pool:
+            pending: deque = deque()
+            try:
+                for number in self.numbers:
+                    pending.append(pool.submit(self.make, number))
+                    if len(pending) > self.workers:
+                        yield pending.popleft().result()
+                while pending:
                     yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+            finally:
+                for future in pending:
+                    future.cancel()

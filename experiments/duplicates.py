@@ -85,7 +85,7 @@ def embed_all(args: argparse.Namespace) -> np.ndarray:
     )
     paths = find_images(Path(args.images))
     rows = []
-    for path in progress(paths, len(paths), "photos"):
+    for path in progress(paths, "photos"):
         photo = open_rgb(path)
         rows.append(embedder([photo, *(change(photo) for change in CHANGES.values())]))
     return np.stack(rows, 1)

@@ -91,13 +91,13 @@ class Features:
 
         def of_centers(half: Split) -> list[Tensor]:
             crops = center_crops(half, args.test_batch, args.workers)
-            crops = progress(crops, len(half) / args.test_batch, half.path.name)
+            crops = progress(crops, half.path.name)
             return pooled_features(model, crops, poolings, args.precision, flip=True)
 
         def of_parts(half: Split) -> list[Tensor]:
             batch_size = -(-args.test_batch // N_PARTS)
             crops = part_crops(half, np.arange(len(half)), seed, batch_size, args.workers)
-            crops = progress(crops, len(half) / batch_size, f"parts of {half.path.name}")
+            crops = progress(crops, f"parts of {half.path.name}")
             return pooled_features(model, crops, poolings, args.precision)
 
         centers = [of_centers(half) for half in halves]

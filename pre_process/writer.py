@@ -137,7 +137,7 @@ def write_images(
     contents: Counter[int] = Counter()
     with open(path, "wb") as out:
         write_header(out, n_rows, image_size)
-        for number, row in enumerate(progress(rows, n_rows, split.name)):
+        for number, row in enumerate(progress(rows, split.name, n_rows)):
             if isinstance(row, str):
                 unreadable[number] = row
             else:

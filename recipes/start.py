@@ -56,8 +56,7 @@ class StartChooser:
         model = model.to(self.device, memory_format=torch.channels_last)
         share = self.processes.share
         crops = center_crops(self.training, args.test_batch, args.workers, share)
-        n_batches = len(self.training) / (args.test_batch * self.processes.count)
-        batches = progress(crops, n_batches, "features for the start")
+        batches = progress(crops, "features for the start")
         pooled = pooled_features(
             model, batches, poolings, args.precision, self.processes, args.flip_eval
         )
@@ -109,8 +108,7 @@ class StartChooser:
         batch_size = -(-args.test_batch // N_PARTS)
         share = self.processes.share
         crops = part_crops(self.training, index, args.seed, batch_size, args.workers, share)
-        n_batches = len(index) / (batch_size * self.processes.count)
-        batches = progress(crops, n_batches, "parts of images")
+        batches = progress(crops, "parts of images")
         (rows,) = pooled_features(model, batches, [pooling], args.precision, self.processes)
         parts = rows.unflatten(0, (-1, N_PARTS))
         numbers = torch.from_numpy(index)

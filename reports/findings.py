@@ -108,7 +108,7 @@ def reconstructions(
     """
     device = next(model.parameters()).device
     outputs = []
-    for batch in progress(crops.split(batch_size), len(crops) / batch_size, "reconstructions"):
+    for batch in progress(crops.split(batch_size), "reconstructions"):
         embedding, cluster_logits, feature_map = model(model.normalization(batch.to(device)))
         outputs.append((feature_map.half().cpu(), embedding.cpu(), cluster_logits.argmax(1).cpu()))
     feature_maps, embeddings, labels = map(torch.cat, zip(*outputs, strict=True))

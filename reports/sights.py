@@ -70,7 +70,7 @@ def look(run: Run, options: Namespace, map_points: int) -> Sights | None:
     try:
         check_crop_size(run.model.backbone_name, crop_size(test.image_size))
         crops = center_crops(test, options.test_batch, options.workers)
-        crops = progress(crops, len(test) / options.test_batch, f"{run.name}: test features")
+        crops = progress(crops, f"{run.name}: test features")
         _, embeddings = extract_features(run.model, crops, flip=run.info["flip_eval"])
         listed = listed_paths(test)
     except UserError as error:

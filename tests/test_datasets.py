@@ -278,7 +278,7 @@ def test_batches_depend_neither_on_workers_nor_on_the_first_batch(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_may_be_left_early_and_faults_reach_the_caller(training, workers):
     plan = EpochPlan(training, 2, 7, 2)
-    batches = two_view_batches(training.images, plan, workers)
+    batches = iter(two_view_batches(training.images, plan, workers))
     next(batches)
     batches.close()
     plan.rows = np.full(24, 99)  # no such image

@@ -21,7 +21,7 @@ SIZE = struct.pack("HHHH", 30, 100, 0, 0)  # rows and columns
 
 def iterate() -> None:
     numbers = []
-    for number in progress(range(12), 12, "epoch 1"):
+    for number in progress(range(12), "epoch 1"):
         numbers.append(number)
         time.sleep(0.02)
     assert numbers == list(range(12))
