@@ -1,10 +1,12 @@
-# make demo: install into .venv, make the embedded data set, train, test, make a report. make test: run the fast tests; make test-all: all of them.
+# make install: into .venv. make demo: install into .venv, make the embedded data set, train, test, make a report. make test: run the fast tests; make test-all: all of them.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := --dataset glyphs --backbone resnet_small --weights none --train_batch_norm --positives nn --lr 0.02 --overwrite
 
-.PHONY: demo test test-all lint clean
+.PHONY: install demo test test-all lint clean
+
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(RUN) pre_process/pre_process_glyphs.py

@@ -36,6 +36,8 @@ MOST_OUTLIERS = 32  # on the sheet
 
 def number_or_auto(text: str) -> int | str:
     """Argparse type: a whole number of at least 1, or auto."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected auto or a whole number, got {text!r}")
     return text if text == "auto" else whole(1)(text)
 
 
@@ -90,8 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(file.rows) == 0:
             raise UserError(f"{args.embeddings}: holds no images")
         check_apart([args.sheet], file)
-        if Path(args.out).with_suffix(".npy").exists():
-            raise UserError(f"{args.out}: belongs to the .npy file beside it; give another --out")
         if args.duplicates is None:
             find_clusters(args, file)
         else:

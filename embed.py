@@ -16,7 +16,7 @@ import torch
 
 from datasets.arrays import DEFAULT_IMAGE_SIZE, SMALLEST_IMAGE_SIZE, load_split
 from datasets.folder import ArraySource, FileSource, ImageBatch, batches_of
-from datasets.images import allow_pixels, find_images, warn_of_equal
+from datasets.images import allow_pixels, find_images, warn_of_equal, without_links
 from datasets.views import crop_size
 from embedder import Embedder
 from models import BACKBONES, Pooling, check_crop_size
@@ -112,7 +112,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("output").add_argument
     add(
         "--out",
-        type=target_file(".npy"),
+        type=target_file(".npy", is_alone=False),
         metavar="FILE.npy",
         help="rows of unit length; FILE.csv and FILE.json come with it; after an interruption the "
         "same command goes on",
@@ -187,8 +187,9 @@ def export(args: argparse.Namespace) -> None:
 def embed(args: argparse.Namespace, stop: StopRequest, processes: Processes) -> None:
     """Embed all images; or a shard of them; or, of several processes, each its shard, then join."""
     with stop.at_once():
+        paths = without_links(find_images(Path(args.images))) if args.images else []
         embedder = load_embedder(args, choose_device(args.device, processes))
-        source = open_source(args, embedder.image_size)
+        source = open_source(args, paths, embedder.image_size)
         check_crop_size(embedder.model.backbone_name, crop_size(source.image_size))
     shard = args.shard or (processes.share if processes.count > 1 else None)
     if shard:
@@ -293,10 +294,12 @@ def shard_writer(
     return EmbeddingWriter(file, facts, True, others=others)
 
 
-def open_source(args: argparse.Namespace, image_size: int) -> FileSource | ArraySource:
-    """Open the images; files are squashed to `image_size`."""
-    if args.images:
-        return FileSource(find_images(Path(args.images)), image_size, args.workers)
+def open_source(
+    args: argparse.Namespace, paths: Sequence[Path], image_size: int
+) -> FileSource | ArraySource:
+    """Open the images: files, which are squashed to `image_size`, or those of a data set."""
+    if paths:
+        return FileSource(paths, image_size, args.workers)
     names = SPLITS[1:] if args.split == "all" else [args.split]
     splits = []
     size = args.image_size

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasets.arrays import DEFAULT_IMAGE_SIZE
-from datasets.images import as_rgb, decode_image, squash, upright
+from datasets.images import UnreadableError, as_rgb, decode_image, squash, upright
 from datasets.views import center_crop, crop_size
 from models import BACKBONES, PAPER, CBSwR, Pooling, check_crop_size, load_network
 from models.timm_backbones import TIMM_PREFIX
 from utils.devices import choose_device
 from utils.errors import UserError
 from utils.features import extract_features
+from utils.options import nearest_hint
 
 BATCH = 100  # images that are decoded and embedded at once
 Picture = Image.Image | str | os.PathLike | bytes | np.ndarray | Tensor
@@ -74,6 +75,9 @@ class Embedder:
         checkpoint, backbone = source, None
         if source in BACKBONES or source.startswith(TIMM_PREFIX):
             checkpoint, backbone = None, source
+        elif not os.path.exists(source):
+            hint = nearest_hint(source, BACKBONES)
+            raise UserError(f"{source}: no such file or run, and no backbone{hint}")
         if isinstance(device, str):
             device = choose_device(device)
         devices = [device] if device.type == "cuda" else []
@@ -155,7 +159,7 @@ class Embedder:
         pictures = iter([images] if is_single else images)
         rows = [np.empty((0, self.dimension), np.float32)]
         while batch := list(islice(pictures, BATCH)):
-            squares = np.stack([_as_square(picture, self.image_size) for picture in batch])
+            squares = np.stack([_named_square(picture, self.image_size) for picture in batch])
             rows.append(self.embed_crops(torch.from_numpy(center_crop(squares))))
         return np.concatenate(rows)
 
@@ -169,8 +173,19 @@ class Embedder:
         return F.normalize(pooled, dim=1).numpy()
 
 
+def _named_square(picture: Picture, image_size: int) -> np.ndarray:
+    """Squash an image to a square; an error names the file, if it is one."""
+    try:
+        return _as_square(picture, image_size)
+    except UnreadableError as error:
+        if isinstance(picture, bytes):
+            raise
+        raise UnreadableError(f"{picture}: {error}") from None
+
+
 def _as_square(picture: Picture, image_size: int) -> np.ndarray:
     """Squash an image of any kind to a square, uint8 RGB."""
+    given = picture
     if isinstance(picture, str | os.PathLike | bytes):
         return decode_image(picture, image_size)
     if isinstance(picture, Tensor):
@@ -186,7 +201,11 @@ def _as_square(picture: Picture, image_size: int) -> np.ndarray:
             picture = picture[..., 0]
         is_color = picture.ndim == 3 and picture.shape[2] in (3, 4)
         if picture.dtype != np.uint8 or not (is_color or picture.ndim == 2):
-            raise ValueError(f"expected uint8 (H, W, 3), got {picture.dtype} {picture.shape}")
+            shape = tuple(given.shape)
+            raise ValueError(
+                "expected an array of uint8, (H, W, 3) or (H, W), or a tensor, (3, H, W) or "
+                f"(H, W), of uint8 or of numbers from 0 to 1; got {given.dtype} {shape}"
+            )
         picture = Image.fromarray(picture)
     return squash(as_rgb(upright(picture)), image_size)
 

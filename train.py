@@ -146,6 +146,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             if getattr(args, name) != saved.get(name):
                 parser.error(f"--{name} was {saved.get(name)} in {args.resume} and cannot change")
         run = Path(args.resume).resolve()
+        if run.is_file():  # its checkpoint
+            run = run.parent
         args.checkpoint_dir = str(run.parent)
         args.model_name = run.name
     if args.head_init == "random" and args.refit_head != "off":
@@ -185,6 +187,8 @@ class Job:
         self.make_network("none" if saved else args.weights)
         self.images = images_on(self.device, self.training.images, args.data_on)
         self.state = run.restore(saved, self.parts, self.device) if saved else State()
+        if saved and self.state.epoch >= args.n_epoch:
+            self.config = saved["config"]  # nothing is trained by what was given
         if saved:
             remarks.append(f"goes on after epoch {self.state.epoch}, step {self.state.step}")
         self.events = None
@@ -222,7 +226,7 @@ class Job:
             width = pooled_width(args.backbone, self.pooling)
             low_dim = head_size(args.low_dim, len(self.training), width)
             if low_dim != args.low_dim:
-                remarks.append(f"low_dim {args.low_dim} is {low_dim} for {self.training}")
+                remarks.append(f"low_dim {args.low_dim} becomes {low_dim} for {self.training}")
             args.low_dim = low_dim
         if self.n_alone:
             remarks.append(alone_remark(self.n_alone))

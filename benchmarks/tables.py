@@ -75,7 +75,7 @@ def index_lines() -> Iterator[list[str]]:
         "rows",
         "index",
         *("build, s", "build, MiB", "file, MiB", "queries/s", "one query, ms"),
-        "recall@10 with the query, %",
+        "recall@10, %",
         "machine",
     ]
     for machine, case, figures in cases_of("index"):

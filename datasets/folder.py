@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from datasets.views import ReadAhead, center_crop
 from utils.embeddings import KnownRows
 from utils.tables import CSV_FORMAT
 
+LEAST_SHARED = 0.25  # of known rows, or else a folder is another one
 FILES_THAT_TELL = 20  # whether a folder is one that was embedded under another name
 
 
@@ -109,12 +109,19 @@ class FileSource:
         return FileSource(paths, self.image_size, self.workers)
 
     def shares_images(self, earlier_rows: KnownRows) -> bool:
-        """Return whether rows of some of the images are known; of renamed files a few tell."""
-        if any(path in earlier_rows for path in self.paths):
+        """Return whether a quarter of the known rows, or more, are of these images.
+
+        How many of the others are renamed is told by the content of a few that have a known size.
+        """
+        least = len(earlier_rows) * LEAST_SHARED
+        others = [path for path in self.paths if path not in earlier_rows]
+        n_same = len(self) - len(others)
+        if n_same >= least:
             return True
-        of_size = (p for p in self.paths if str(os.path.getsize(p)) in earlier_rows.sizes)
-        contents = map(file_hash, islice(of_size, FILES_THAT_TELL))
-        return any(earlier_rows.of_content(sha256) is not None for sha256 in contents)
+        of_size = [p for p in others if str(os.path.getsize(p)) in earlier_rows.sizes]
+        contents = list(map(file_hash, of_size[:FILES_THAT_TELL]))
+        n_renamed = sum(earlier_rows.of_content(sha256) is not None for sha256 in contents)
+        return n_same + n_renamed * len(of_size) / max(1, len(contents)) >= least
 
     def _read(self, path: str) -> tuple[tuple, np.ndarray | None, np.ndarray | str | None]:
         """Return columns, known row and pixels of an image, or a text why it cannot be read."""

@@ -216,14 +216,16 @@ def _say_bits(bits: int) -> None:
 def warn_of_equal(n_equal: int, n_images: int, share: str) -> None:
     """Log that many images have something in common with another one, such as their pixels."""
     if n_equal > MANY_EQUAL * n_images:
-        log.warning("%d images have the %s of another one; do they show anything?", n_equal, share)
+        log.warning(
+            "%d images have the %s of another one: they are copies, or show nothing", n_equal, share
+        )
 
 
 def find_images(folder: Path) -> list[Path]:
     """Find the image files in a folder and all folders below it, by their endings or content.
 
-    Links are followed; names with a leading dot do not count. What is no image is counted in a
-    line of the log.
+    Links are followed, but for links to folders that are listed themselves; names with a leading
+    dot do not count. What is no image is counted in a line of the log.
 
     Returns:
         Paths below `folder`, sorted part by part.
@@ -242,7 +244,11 @@ def find_images(folder: Path) -> list[Path]:
             folders.clear()
             continue
         listed.add(real_place)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and not _links_into(Path(place, name), folder)
+        )
         for path in (Path(place, name) for name in files if not name.startswith(".")):
             other = _other_kind(path)
             if other:
@@ -256,6 +262,26 @@ def find_images(folder: Path) -> list[Path]:
     if counts:
         log.warning("%s: left out are %s", folder, counts)
     return sorted(paths, key=lambda path: path.parts)
+
+
+def _links_into(path: Path, folder: Path) -> bool:
+    """Return whether a path is a link to what lies below a folder and is not hidden there."""
+    if not path.is_symlink():
+        return False
+    below = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    return not any(part.startswith(".") and part != "." for part in below.split(os.sep))
+
+
+def without_links(paths: list[Path]) -> list[Path]:
+    """Leave out links to files that are in the list themselves; says how many in the log."""
+    links = {path for path in paths if path.is_symlink()}
+    if not links:
+        return paths
+    files = {os.path.realpath(path) for path in paths if path not in links}
+    links = {path for path in links if os.path.realpath(path) in files}
+    if links:
+        log.warning("%d links to images that are here themselves are left out", len(links))
+    return [path for path in paths if path not in links]
 
 
 def _other_kind(path: Path) -> str:

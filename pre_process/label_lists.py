@@ -35,6 +35,8 @@ def read_labels(file: Path, images: Path, files: Sequence[Path]) -> tuple[list[P
     n_rows = 0
     try:
         for place, (name, label) in read_rows(file, ("path", "class")):
+            if not name and not label:  # a row of separators alone
+                continue
             n_rows += 1
             if not clean(label):
                 raise UserError(f"{place}: no class; give every image one, or remove the line")
@@ -58,7 +60,8 @@ def listed_path(name: str, images: Path, places: dict[str, Path]) -> Path | None
 
     places: the images by their cleaned path below `images`.
     """
-    for spelling in (name, clean(name), name.replace("\\", "/")):
+    of_windows = os.fsencode(name).decode("cp1252", "replace")  # as Excel saves CSV
+    for spelling in (name, clean(name), name.replace("\\", "/"), of_windows):
         below = os.path.relpath(os.path.abspath(images / spelling), images)
         is_below = not below.startswith(os.pardir)
         if is_below and "\0" not in spelling and (images / below).is_file():

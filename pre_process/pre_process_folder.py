@@ -23,6 +23,7 @@ from pre_process.raw_lists import Half
 from pre_process.script import folder, home_of, option_parser, write
 from utils.errors import UserError, run_script
 from utils.options import Parser, add_max_pixels, folder_name, name_of, real, whole
+from utils.tables import read_rows
 
 SUBFOLDERS = "subfolders"
 
@@ -60,6 +61,8 @@ def make_parser() -> Parser:
         help="leave unreadable images out and list them in <name>_<size>resized_unreadable.csv; "
         "without it they are an error",
     )
+    text = "replace a data set of this name, made of another folder"
+    add("--overwrite", action="store_true", help=text)
     add_max_pixels(group)
     return parser
 
@@ -106,6 +109,11 @@ def read_options() -> argparse.Namespace:
         parser.error(
             f"--labels {args.labels}: lies where the data set is written; copy it elsewhere"
         )
+    if not args.overwrite and is_of_another_folder(home, args.images):
+        parser.error(
+            f"--name {args.name}: holds images of another folder; choose another name, or "
+            "give --overwrite"
+        )
     if args.split_by is None:
         args.split_by = "classes" if args.labels else "images"
     if args.split_by == "classes" and not args.labels:
@@ -115,6 +123,15 @@ def read_options() -> argparse.Namespace:
     if args.train_share >= 1:
         parser.error(f"--train_share {args.train_share:g}: must be below 1")
     return args
+
+
+def is_of_another_folder(home: Path, images: Path) -> bool:
+    """Return whether there is a data set whose first image lies elsewhere."""
+    for table in home.glob("training_*_paths.csv"):
+        _, (first,) = next(read_rows(table, ["path"]))
+        if not Path(first).is_relative_to(images.absolute()):
+            return True
+    return False
 
 
 def read_photo(path: Path, image_size: int) -> np.ndarray:

@@ -88,9 +88,11 @@ def write_splits(
                 rows = chain.from_iterable(map_in_order(make, tasks))
                 stem = out_dir / f"{split.name}_{dataset}_{image_size}resized"
                 written.append(write_split(files, stem, split, image_size, rows))
-            if skip_bad:
+            name = out_dir / f"{dataset}_{image_size}resized_unreadable.csv"
+            if not skip_bad:
+                files.callback(name.unlink, missing_ok=True)  # what an earlier run left out
+            else:
                 table = [row for half in written for row in half.unreadable]
-                name = out_dir / f"{dataset}_{image_size}resized_unreadable.csv"
                 write_table(files.enter_context(written_whole(name)), ("path", "reason"), table)
         # Leaving `files` renames all of them; a signal is only noted by now.
     return written

@@ -83,7 +83,7 @@ def read_recipe(name: str) -> dict:
 
 
 def _read_run(run: Path) -> tuple[str, dict]:
-    path = run / CONFIG
+    path = (run if run.is_dir() else run.parent) / CONFIG
     if not path.is_file():
         raise UserError(f"resume {run}: no run lies there (no {path})")
     config = read_json_object(path)
@@ -106,8 +106,11 @@ def fit_to_data(args: argparse.Namespace, n_images: int, n_processes: int) -> li
     for name in fitting.keys() & vars(args).keys() - args.given:
         value, fitted = getattr(args, name), fitting[name]
         if value != fitted and not args.resume:
-            kept = ", the start is kept" if name == "n_epoch" else ""
-            changes.append(f"{name} {value} is {fitted} for {n_images} images{kept}")
+            change = f"{name} {value} becomes {fitted} for {n_images} images"
+            if name == "n_epoch":
+                change = f"{n_images} images are too few to train on (min_images is "
+                change += f"{args.min_images}): the start is the result"
+            changes.append(change)
             setattr(args, name, fitted)
     if args.n_epoch and args.batch_size > n_images:
         raise UserError(f"batch_size {args.batch_size}: there are {n_images} training images")

@@ -59,6 +59,11 @@ def write_report(
     Returns sentences about what is missing. Raises UserError if a folder holds no run.
     """
     runs = [read_run(folder) for folder in folders]
+    compared = [read_run(before), *runs] if before else runs
+    datasets = {run.config.get("dataset") for run in compared}
+    if before and len(datasets) > 1:
+        names = ", ".join(sorted(map(str, datasets)))
+        raise UserError(f"{before}: a run on another data set ({names}); compare runs on the same")
     device = choose_device(options.device)
     sights = []
     for run in runs:
@@ -70,7 +75,6 @@ def write_report(
         run.model = None  # one network in memory at a time
     if figures is not None:
         write_figures(figures, charts([(runs[0].name, runs[0].rows)]), sights[0])
-    compared = [read_run(before), *runs] if before else runs
     page = render(runs, sights, options, bars_of(compared))
     write_text(out, page)
     return [f"{run.path}: {sentence}" for run in runs for sentence in run.missing.values()]

@@ -65,13 +65,13 @@ def contact_sheet(title: str, rows: Sequence[SheetRow]) -> Image.Image:
 
 
 def draw_tile(sheet: Image.Image, left: int, top: int, tile: Tile) -> None:
-    """Draw an image, and below it its text and the name of its file, in two lines if need be."""
+    """Draw an image, and below it its text, its folder and its name, in two lines if need be."""
     draw = ImageDraw.Draw(sheet)
     image = thumbnail(tile.path)
     sheet.paste(image, (left + (TILE - image.width) // 2, top + (TILE - image.height) // 2))
     font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", 13)
     lines = [(tile.text, INK)]
-    lines += [(line, FAINT) for line in name_lines(Path(tile.path).name, font)]
+    lines += [(line, FAINT) for line in name_lines("/".join(Path(tile.path).parts[-2:]), font)]
     for number, (text, color) in enumerate(lines):
         place = (left + TILE / 2, top + TILE + 3 + LINE * number)
         draw.text(place, text, color, font, anchor="ma")

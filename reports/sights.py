@@ -22,6 +22,7 @@ from utils.features import extract_features
 from utils.progress import progress
 from utils.retrieval import nearest_neighbors
 
+FEWEST_IN_CLUSTER = 6  # images, on average, where no classes say how many clusters there are
 TRAINING_IMAGES = 1024  # whose centroids are decoded: their feature maps are held in memory
 
 
@@ -80,7 +81,9 @@ def look(run: Run, options: Namespace, map_points: int) -> Sights | None:
     labels = torch.from_numpy(test.labels)
     k = min(options.neighbors, len(test) - 1)
     squares, nearest = nearest_neighbors(embeddings, k, memory_mb=options.eval_memory_mb)
-    n_clusters = min(len(test.classes), MOST_NMI_CLASSES) if test.labeled else run.model.n_cluster
+    n_clusters = min(len(test.classes), MOST_NMI_CLASSES)
+    if not test.labeled:
+        n_clusters = min(run.model.n_cluster, max(2, len(test) // FEWEST_IN_CLUSTER))
     return Sights(
         test=test,
         names=[f"image {row}" if "#" in name else name for row, name in enumerate(names)],

@@ -32,6 +32,8 @@ def place(tmp_path_factory) -> Path:
     trained(folder / "data", folder / "runs").run.rename(folder / "runs" / "done")
     (folder / "runs" / "begun").mkdir()
     (folder / "file").write_text("in the way")
+    for ending in ("npy", "csv", "json"):
+        (folder / f"rows.{ending}").write_text("of embed.py")
     (folder / "link.json").symlink_to(folder / LAST)
     (folder / "folder.json").mkdir()
     torch.save({"epoch": 3}, folder / "empty.pth")
@@ -94,7 +96,7 @@ TEST = [
     ("--backbone=resnet_small --n_cluster=4", "--n_cluster goes with --checkpoint_path"),
     (f"--checkpoint_path={LAST} --backbone=resnet18", "was trained with the backbone resnet_small"),
     ("--checkpoint_path=no.pth", "no.pth: no such file"),
-    ("--checkpoint_path=runs/begun", "runs/begun/best.pth: no such file; runs/begun holds no fin"),
+    ("--checkpoint_path=runs/begun", "runs/begun: is not the folder of a run"),
     ("--checkpoint_path=file", "file: "),
     ("--checkpoint_path=empty.pth", "empty.pth: not a CBSwR checkpoint: it holds no named"),
     (f"--checkpoint_path={LAST} --json=file", "file: the name must end in .json"),
@@ -102,6 +104,9 @@ TEST = [
     (f"--checkpoint_path={LAST} --json=none/a.json", "none/a.json: its folder does not exist"),
     ("--checkpoint_path=a.json --json=a.json", "would overwrite what --checkpoint_path names"),
     (f"--checkpoint_path={LAST} --json=link.json", "would overwrite what --checkpoint_path names"),
+    (f"--checkpoint_path={LAST} --json=runs/done/config.json", "belongs to the run "),
+    (f"--checkpoint_path={LAST} --json=rows.json", "belongs to the embeddings rows.npy"),
+    (f"--checkpoint_path={LAST} --save_embeddings=rows.npy", "belongs to the embeddings rows"),
     (f"--checkpoint_path={LAST} --save_embeddings=a.txt", "the name must end in .npy"),
     (f"--checkpoint_path={LAST} --save_embeddings={IMAGES}", "lies among the data set's arrays"),
 ]

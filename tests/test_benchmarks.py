@@ -97,7 +97,7 @@ def test_the_tables_of_the_page_are_those_of_the_figures():
 def test_a_table_is_put_between_its_markers():
     page = "a\n<!-- speed -->\nold\n<!-- /speed -->\nb\n"
     placed = tables.placed(page, "speed", [["x", "y"], ["1", "2"]])
-    table = "| x | y |\n| --- | --- |\n| 1 | 2 |\n"
+    table = "| x | y |\n|---|---|\n| 1 | 2 |\n"
     assert placed == f"a\n<!-- speed -->\n{table}<!-- /speed -->\nb\n"
     with pytest.raises(ValueError, match="are missing; put them back"):
         tables.placed("no markers", "speed", [["x"]])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from photos import make_photos, read_table, save_network
 from raw_folders import save_photo
-from scripts import Outcome, run_in_process
+from scripts import Outcome, failed, run_in_process
 
 from embedder import Embedder
 from utils.signals import Stopped, StopRequest
@@ -77,6 +77,26 @@ def test_a_folder_that_changed(place, embedded):
     assert_as_from_scratch(place)
     embedded.clear()
     assert "is complete already, 15 rows" in embed(place).out and embedded == []
+
+
+def test_another_folder_with_a_photo_in_common(place):
+    assert embed(place).code == 0
+    shutil.copy(place / "photos/cat/00.jpg", place / "others/copy.jpg")
+    before = (place / "e.npy").read_bytes()
+    failed(embed(place, "e.npy", "others"), "is of other images", script="embed.py")
+    assert (place / "e.npy").read_bytes() == before
+    assert embed(place, "e.npy", "others", "--overwrite").code == 0
+
+
+def test_a_link_to_a_photo_of_the_folder_is_no_photo_more(place, caplog):
+    (place / "photos/a_link.jpg").symlink_to(place / "photos/cat/00.jpg")
+    (place / "photos/from_elsewhere.jpg").symlink_to(place / "others/cat/00.jpg")
+    (place / "photos/a_folder").symlink_to(place / "photos/cat")
+    assert embed(place).code == 0
+    paths = [Path(row["path"]) for row in read_table(place / "e.csv")]
+    assert len(paths) == 13 and place / "photos/from_elsewhere.jpg" in paths
+    assert place / "photos/cat/00.jpg" in paths
+    assert "1 links to images that are here themselves are left out" in caplog.text
 
 
 def test_a_folder_that_was_renamed(place, embedded):

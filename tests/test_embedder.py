@@ -11,7 +11,7 @@ from photos import SIZE, make_photos, save_network
 from PIL import Image
 from scripts import ROOT, run_in_process
 
-from datasets.images import find_images, open_rgb
+from datasets.images import UnreadableError, find_images, open_rgb
 from embedder import Embedder, network_hash
 from models import build_model
 from utils.errors import UserError
@@ -72,7 +72,7 @@ def test_numbers_that_are_no_image(place):
     upright = torch.zeros(8, 8, 3, dtype=torch.uint8)  # channels last
     numbers = (torch.full((3, 8, 8), 90.0), torch.full((3, 8, 8), -2.0), np.zeros((8, 8, 3)))
     for wrong in (*numbers, upright):
-        with pytest.raises(ValueError, match=r"0 to 1|expected uint8"):
+        with pytest.raises(ValueError, match=r"0 to 1|expected an array"):
             embedder(wrong)
 
 
@@ -103,6 +103,16 @@ def test_torch_hub(place):
 def test_a_device_that_is_not_there(place, device):
     with pytest.raises((UserError, RuntimeError), match="device"):
         Embedder(place / "net.pth", device=device)
+
+
+def test_errors_name_what_was_given(place, tmp_path):
+    (tmp_path / "notes.jpg").write_text("no image")
+    with pytest.raises(UnreadableError, match=r"notes\.jpg: is not an image"):
+        Embedder(place / "net.pth")(tmp_path / "notes.jpg")
+    with pytest.raises(
+        UserError, match=r"resnet19: no such file or run, .* did you mean resnet18\?"
+    ):
+        Embedder("resnet19")
 
 
 def test_what_is_no_network():

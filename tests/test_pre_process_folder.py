@@ -158,6 +158,7 @@ def odd_lists() -> dict[str, bytes]:
         "plain": plain.encode(),
         "semicolons of a spreadsheet": plain.replace(",", ";").encode("utf-8-sig"),
         "a first line for Excel": b"sep=;\n" + plain.replace(",", ";").encode(),
+        "a row of separators": f"{plain},\n".encode(),
         "tabs in UTF-16": plain.replace(",", "\t").encode("utf-16"),
         "a head in capitals, blanks": (" Path , Class \n" + table.replace(",", " , ")).encode(),
         "quotes after a blank": plain.replace(",cat", ', "cat"').encode(),
@@ -185,6 +186,17 @@ def test_lists_as_people_save_them(script):
         assert sorted(classes) == sorted(CLASSES.values()), form
         is_cleaned = form in ("class names in two Unicode forms", "odd blanks")
         assert ("names of classes" in done.out) == is_cleaned, form
+
+
+def test_a_list_as_excel_saves_it(script, photos):
+    name = "Ét\u00e9 à la plage.jpg"
+    save_photo(photos / "cat" / name, 50)
+    rows = [(path.relative_to(photos), path.parent.name) for path in find_images(photos)]
+    table_text = "path;class\n" + "".join(f"{path};{kind}\n" for path, kind in rows)
+    Path("labels.csv").write_bytes(table_text.encode("cp1252"))
+    done = script("--labels", "labels.csv", "--split_by", "images")
+    assert (done.code, done.err) == (0, "")
+    assert any(Path(p).name == name for h in HALVES for p in half(h)[1])
 
 
 def test_names_that_look_alike_are_one_class():
@@ -281,6 +293,18 @@ def test_skip_bad_leaves_them_out_and_lists_them(script, photos, labels, workers
     for path in Path("data", "mine").glob("*_img.npy"):  # byte for byte as numpy itself saves it
         np.save("again.npy", np.load(path))
         assert path.read_bytes() == Path("again.npy").read_bytes()
+
+
+@pytest.mark.usefixtures("photos")
+def test_a_name_stands_for_one_folder(script, tmp_path):
+    spoil(tmp_path / "photos")
+    assert script("--skip_bad").code == 0
+    others = ("--images", make_photos(tmp_path / "others"))
+    failed(script(*others), "--name mine: holds images of another folder; choose another name")
+    assert all("/photos/" in path for path in half("training")[1])
+    assert script(*others, "--overwrite").code == 0
+    assert all("/others/" in path for path in half("training")[1])
+    assert not list(Path("data", "mine").glob("*unreadable.csv"))  # it was of the other folder
 
 
 # ----------------------------------------------------------------------------------- mistakes

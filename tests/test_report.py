@@ -174,10 +174,12 @@ def test_figures_are_small_png_files(reported, tmp_path):
         ("", "give the folder of a run"),
         ("{run} --out {empty}/a.txt", "must end in .html"),
         ("{run} {run} --figures {empty}", "one run"),
+        ("{run} --before {bare} --out {empty}/a.html", "a run on another data set (bare, tiny)"),
     ],
 )
 def test_mistakes_are_one_line(reported, tmp_path, argv, words):
-    argv = argv.format(empty=tmp_path, run=reported.folder / "run").split()
+    folder = reported.folder
+    argv = argv.format(empty=tmp_path, run=folder / "run", bare=folder / "unlabeled").split()
     failed(run_in_process("report.py", *argv), words, script="report.py")
     assert list(tmp_path.iterdir()) == []
 

@@ -5,6 +5,7 @@ tests/test_golden_runs.py stops every recipe in the middle of an epoch.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -207,6 +208,18 @@ def test_a_finished_run_stays_as_it_is(run, undisturbed):
     for words in ([], ["--n_epoch=1"]):
         assert resumed(run, *words).full_rows == undisturbed.full_rows
         assert (run / "last.pth").read_bytes() == (undisturbed.run / "last.pth").read_bytes()
+
+
+def test_options_that_nothing_used_are_not_noted(run):
+    noted = (run / "config.json").read_text()
+    assert json.loads(noted)["lr"] != 7
+    resumed(run, "--lr=7")
+    assert (run / "config.json").read_text() == noted
+
+
+def test_the_checkpoint_stands_for_its_run(run, undisturbed):
+    assert execute("--resume", run / "last.pth").code == 0
+    assert Run(run, "").full_rows == undisturbed.full_rows
 
 
 def test_a_moved_run_gets_more_epochs(data, tmp_path, run):

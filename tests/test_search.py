@@ -237,7 +237,7 @@ REFUSED = [
     ("--embeddings none.npy --query a.jpg", "none.json: no such file; make it with embed.py"),
     ("--embeddings e.npy --query a.jpg --nprobe 3", "--nprobe goes with --index ivf"),
     ("--embeddings e.npy --query a.jpg --sheet s.jpg", "must end in .png"),
-    ("--embeddings e.npy --query photos --json e.json", "would overwrite what --embeddings names"),
+    ("--embeddings e.npy --query photos --json e.json", "belongs to the embeddings e.npy"),
     (
         "--embeddings e.npy --query photos/cat/deep/01.png --sheet photos/cat/deep/01.png",
         "what --query names",

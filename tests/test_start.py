@@ -211,8 +211,8 @@ def test_few_images_keep_the_start(tmp_path):
     run = trained(tmp_path / "data", tmp_path, n_epoch=None, **SETTINGS)
     assert [row["epoch"] for row in run.rows] == [0]
     log = (run.run / f"{run.run.name}.log").read_text()
-    assert "n_epoch 1 is 0 for 24 images, the start is kept" in log
-    assert "low_dim 512 is 192 for 24 images" in log
+    assert "24 images are too few to train on (min_images is 1000): the start is" in log
+    assert "low_dim 512 becomes 192 for 24 images" in log
     again = resumed(run.run, "--n_epoch=1")
     assert [row["epoch"] for row in again.rows] == [0, 1]
     assert "goes on after epoch 0, step 0" in again.out

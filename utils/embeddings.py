@@ -47,6 +47,10 @@ class KnownRows:
 
         self.sizes = {size for file in self._files for size in file.columns["bytes"]}
 
+    def __len__(self) -> int:
+        """Return the number of paths that rows were made from."""
+        return len(set().union(*self._numbers["path"]))
+
     def __contains__(self, path: str) -> bool:
         """Return whether a row was made from a file of this path."""
         return self._find("path", path) is not None

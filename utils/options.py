@@ -117,17 +117,34 @@ class TargetPath(str):
     """The path of a file that a script writes."""
 
 
-def target_file(ending: str) -> Callable[[str], TargetPath]:
-    """Return an argparse type: a file to write, whose name ends in `ending`."""
+def target_file(ending: str, is_alone: bool = True) -> Callable[[str], TargetPath]:
+    """Return an argparse type: a file to write, whose name ends in `ending`.
+
+    is_alone: whether a file is refused that belongs to others, which would not fit it then.
+    """
 
     def parse(text: str) -> TargetPath:
         try:
             check_target(path_name(text), ending)
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
+        whole = _belongs_to(Path(text)) if is_alone else ""
+        if whole:
+            raise argparse.ArgumentTypeError(f"{text} belongs to {whole}; choose another name")
         return TargetPath(text)
 
     return parse
+
+
+def _belongs_to(path: Path) -> str:
+    """Return what a file is a part of, "" if there is no such file or it stands alone."""
+    run = (path.with_name(name) for name in ("last.pth", "best.pth"))
+    if path.name in ("config.json", "metrics.jsonl") and any(file.exists() for file in run):
+        return f"the run {path.absolute().parent}"
+    embeddings = [path.with_suffix(suffix) for suffix in (".npy", ".csv", ".json")]
+    if path in embeddings and all(file.exists() for file in embeddings):
+        return f"the embeddings {embeddings[0]}"
+    return ""
 
 
 def read_json_object(path: str | os.PathLike) -> dict:

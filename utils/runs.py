@@ -259,6 +259,8 @@ def find_checkpoint(path: str) -> Path:
     for name in (BEST, LAST):
         if (folder / name).is_file() and not is_begun:
             return folder / name
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: is not the folder of a run (no {CONFIG}), nor a checkpoint")
     raise UserError(f"{folder / BEST}: no such file; {folder} holds no finished epoch yet")
 
 
