@@ -36,9 +36,11 @@ MOST_OUTLIERS = 32  # on the sheet
 
 def number_or_auto(text: str) -> int | str:
     """Argparse type: a whole number of at least 1, or auto."""
-    if text != "auto" and not text.isdecimal():
+    if text == "auto":
+        return text
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected auto or a whole number, got {text!r}")
-    return text if text == "auto" else whole(1)(text)
+    return whole(1)(text)
 
 
 def make_parser() -> Parser:
@@ -59,7 +61,7 @@ def make_parser() -> Parser:
     )
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of k-means")
     add = parser.add_argument_group("output").add_argument
-    table = target_file(".csv")
+    table = target_file(".csv", is_alone=False)  # also the default is checked, in main
     add("--out", type=table, metavar="FILE.csv", help="(default: beside the embeddings)")
     add("--sheet", type=target_file(".png"), metavar="FILE.png", help="draw the groups")
     add("--images_each", type=whole(1, 100), default=10, help="of each group on the sheet")
@@ -92,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(file.rows) == 0:
             raise UserError(f"{args.embeddings}: holds no images")
         check_apart([args.sheet], file)
+        if Path(args.out).with_suffix(".npy").exists():
+            raise UserError(f"{args.out}: belongs to the .npy file beside it; give another --out")
         if args.duplicates is None:
             find_clusters(args, file)
         else:

@@ -159,7 +159,7 @@ class Embedder:
         pictures = iter([images] if is_single else images)
         rows = [np.empty((0, self.dimension), np.float32)]
         while batch := list(islice(pictures, BATCH)):
-            squares = np.stack([_named_square(picture, self.image_size) for picture in batch])
+            squares = np.stack([_as_square(picture, self.image_size) for picture in batch])
             rows.append(self.embed_crops(torch.from_numpy(center_crop(squares))))
         return np.concatenate(rows)
 
@@ -173,21 +173,16 @@ class Embedder:
         return F.normalize(pooled, dim=1).numpy()
 
 
-def _named_square(picture: Picture, image_size: int) -> np.ndarray:
-    """Squash an image to a square; an error names the file, if it is one."""
-    try:
-        return _as_square(picture, image_size)
-    except UnreadableError as error:
-        if isinstance(picture, bytes):
-            raise
-        raise UnreadableError(f"{picture}: {error}") from None
-
-
 def _as_square(picture: Picture, image_size: int) -> np.ndarray:
     """Squash an image of any kind to a square, uint8 RGB."""
     given = picture
-    if isinstance(picture, str | os.PathLike | bytes):
+    if isinstance(picture, bytes):
         return decode_image(picture, image_size)
+    if isinstance(picture, str | os.PathLike):
+        try:
+            return decode_image(picture, image_size)
+        except UnreadableError as error:
+            raise UnreadableError(f"{picture}: {error}") from None
     if isinstance(picture, Tensor):
         picture = picture.detach().cpu()
         if picture.is_floating_point():

@@ -94,9 +94,7 @@ def make_parser(method: str) -> Parser:
     heads = name_of(("random", *HEADS, "auto"))
     add("--head_init", type=heads, default="random", help="auto: chosen by the images")
     add("--whiten_power", type=real(0), default=0.5, help="of the head: 0 is PCA, 1 whitening")
-    text = (
-        "closed form again after each epoch: off, that of the start, auto, or a power of whitening"
-    )
+    text = "after each epoch: off, closed form as the start's, auto, or whitening of a power"
     add("--refit_head", type=refitting, metavar="WHICH", default="off", help=text)
     add = parser.add_argument_group("optimization").add_argument
     add("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores the start and saves it")
@@ -352,7 +350,7 @@ def train_epoch(job: Job, epoch: int) -> dict:
     state = job.state
     if not state.is_begun:
         with job.stop.at_once(), state.timed("features"):
-            if epoch == 1 or args.refit_head not in ("off", "start"):
+            if epoch == 1 or args.refit_head not in ("off", "start"):  # the head is another one
                 job.fit_start()
             state.logged = method.begin_epoch(epoch, job.features)
             job.forget_moments(method.restarted())
@@ -365,7 +363,7 @@ def train_epoch(job: Job, epoch: int) -> dict:
     batches = two_view_batches(job.images, plan, args.workers, state.step)
     method.train()
     started = time.perf_counter()
-    job.pooled = None
+    job.pooled = None  # the network changes from here on
     for views, index in progress(batches, f"epoch {epoch}"):
         step = (epoch - 1) * len(plan) + state.step
         for group in job.optimizer.param_groups:
@@ -394,7 +392,8 @@ def train(job: Job) -> None:
     if args.n_epoch == 0 and not state.rows:
         with job.stop.at_once():
             job.fit_start()
-            job.end_epoch({"epoch": 0} | job.evaluate())
+            scores = job.evaluate()
+        job.end_epoch({"epoch": 0} | scores)
     for epoch in range(state.epoch + 1, args.n_epoch + 1):
         row = train_epoch(job, epoch)
         with job.stop.at_once(), state.timed("evaluate"):

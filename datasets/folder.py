@@ -113,7 +113,7 @@ class FileSource:
 
         How many of the others are renamed is told by the content of a few that have a known size.
         """
-        least = len(earlier_rows) * LEAST_SHARED
+        least = earlier_rows.count_paths() * LEAST_SHARED
         others = [path for path in self.paths if path not in earlier_rows]
         n_same = len(self) - len(others)
         if n_same >= least:

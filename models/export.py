@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +53,8 @@ def export_onnx(
 
     Raises UserError if the package onnx is not installed, and for googlenet_fallback_lrn.
     """
-    try:
-        import onnx  # noqa: F401  # optional; torch would fail with an error of its own
-    except ImportError:
-        raise UserError("an ONNX file needs the package onnx; pip install onnx") from None
+    if find_spec("onnx") is None:  # torch would fail with an error of its own
+        raise UserError("an ONNX file needs the package onnx; pip install onnx")
     if any(isinstance(module, nn.CrossMapLRN2d) for module in model.modules()):
         raise UserError(f"{model.backbone_name} cannot be written: ONNX knows no such LRN")
     model = copy.deepcopy(model).cpu().float()

@@ -129,7 +129,7 @@ def is_of_another_folder(home: Path, images: Path) -> bool:
     """Return whether there is a data set whose first image lies elsewhere."""
     for table in home.glob("training_*_paths.csv"):
         _, (first,) = next(read_rows(table, ["path"]))
-        if not Path(first).is_relative_to(images.absolute()):
+        if not Path(first).is_relative_to(os.path.abspath(images)):
             return True
     return False
 

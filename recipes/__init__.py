@@ -105,13 +105,14 @@ def fit_to_data(args: argparse.Namespace, n_images: int, n_processes: int) -> li
     changes = []
     for name in fitting.keys() & vars(args).keys() - args.given:
         value, fitted = getattr(args, name), fitting[name]
-        if value != fitted and not args.resume:
-            change = f"{name} {value} becomes {fitted} for {n_images} images"
-            if name == "n_epoch":
-                change = f"{n_images} images are too few to train on (min_images is "
-                change += f"{args.min_images}): the start is the result"
-            changes.append(change)
-            setattr(args, name, fitted)
+        if value == fitted or args.resume:
+            continue
+        setattr(args, name, fitted)
+        if name == "n_epoch":
+            few = f"{n_images} images are too few to train on (min_images is {args.min_images})"
+            changes.append(f"{few}: the start is the result")
+        else:
+            changes.append(f"{name} {value} becomes {fitted} for {n_images} images")
     if args.n_epoch and args.batch_size > n_images:
         raise UserError(f"batch_size {args.batch_size}: there are {n_images} training images")
     if args.batch_size % n_processes:

@@ -166,12 +166,14 @@ REFUSED = [
     ("--embeddings e.npy --k 0", "must be at least 1"),
     ("--embeddings e.npy --k many", "expected auto or a whole number, got 'many'"),
     ("--embeddings e.npy --k 3 --duplicates", "--k does not go with --duplicates"),
-    ("--embeddings e --k 2", "the name must end in .npy"),
-    ("--embeddings e.npy --out e.csv", "e.csv belongs to the embeddings e.npy"),
+    ("--embeddings e --k 2 --out e.csv", "the name must end in .npy"),
+    ("--embeddings e.npy --out e.csv", "would overwrite what --embeddings names"),
+    ("--embeddings e.npy --k 2 --out other.csv", "belongs to the .npy file beside it"),
 ]
 
 
 @pytest.mark.parametrize(("command", "message"), REFUSED)
 def test_refused(file, monkeypatch, command, message):
     monkeypatch.chdir(file.parent)
+    Path("other.npy").touch()
     failed(run_in_process("cluster.py", *command.split()), message)

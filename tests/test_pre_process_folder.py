@@ -299,6 +299,7 @@ def test_skip_bad_leaves_them_out_and_lists_them(script, photos, labels, workers
 def test_a_name_stands_for_one_folder(script, tmp_path):
     spoil(tmp_path / "photos")
     assert script("--skip_bad").code == 0
+    assert script("--images", f"../{tmp_path.name}/photos", "--skip_bad").code == 0  # the same one
     others = ("--images", make_photos(tmp_path / "others"))
     failed(script(*others), "--name mine: holds images of another folder; choose another name")
     assert all("/photos/" in path for path in half("training")[1])

@@ -47,7 +47,7 @@ class KnownRows:
 
         self.sizes = {size for file in self._files for size in file.columns["bytes"]}
 
-    def __len__(self) -> int:
+    def count_paths(self) -> int:
         """Return the number of paths that rows were made from."""
         return len(set().union(*self._numbers["path"]))
 
@@ -137,6 +137,7 @@ def count_equal(rows: np.ndarray) -> int:
 
 
 def paths_of(file: Path, ending: str = "") -> dict[str, Path]:
+    """Return the three files that belong together, by kind: npy, csv and json."""
     return {kind: file.with_suffix(f".{kind}{ending}") for kind in ("npy", "csv", "json")}
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from utils.embeddings import paths_of
 from utils.errors import UserError, one_line
 from utils.files import check_target
 
@@ -141,9 +142,9 @@ def _belongs_to(path: Path) -> str:
     run = (path.with_name(name) for name in ("last.pth", "best.pth"))
     if path.name in ("config.json", "metrics.jsonl") and any(file.exists() for file in run):
         return f"the run {path.absolute().parent}"
-    embeddings = [path.with_suffix(suffix) for suffix in (".npy", ".csv", ".json")]
-    if path in embeddings and all(file.exists() for file in embeddings):
-        return f"the embeddings {embeddings[0]}"
+    embeddings = paths_of(path)
+    if path in embeddings.values() and all(file.exists() for file in embeddings.values()):
+        return f"the embeddings {embeddings['npy']}"
     return ""
 
 
