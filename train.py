@@ -69,7 +69,12 @@ MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may
 
 def refitting(text: str) -> float | str:
     """Argparse type: off, start, auto, or a number above 0."""
-    return text if text in ("off", "start", "auto") else real(0, above=True)(text)
+    if text in ("off", "start", "auto"):
+        return text
+    try:
+        return real(0, above=True)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or give off, start or auto") from None
 
 
 def make_parser(method: str) -> Parser:
@@ -94,7 +99,7 @@ def make_parser(method: str) -> Parser:
     heads = name_of(("random", *HEADS, "auto"))
     add("--head_init", type=heads, default="random", help="auto: chosen by the images")
     add("--whiten_power", type=real(0), default=0.5, help="of the head: 0 is PCA, 1 whitening")
-    text = "after each epoch: off, closed form as the start's, auto, or whitening of a power"
+    text = "after each epoch: off, closed form as the start's, auto, or a power of whitening"
     add("--refit_head", type=refitting, metavar="WHICH", default="off", help=text)
     add = parser.add_argument_group("optimization").add_argument
     add("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores the start and saves it")
