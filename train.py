@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -188,7 +189,7 @@ class Job:
         self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
         saved = processes.by_first(lambda: run.load(self.data)) if args.resume else {}
         self.make_network("none" if saved else args.weights)
-        self.images = images_on(self.device, self.training.images, args.data_on)
+        self.bring_images()
         self.state = run.restore(saved, self.parts, self.device) if saved else State()
         if saved and self.state.epoch >= args.n_epoch:
             self.config = saved["config"]  # nothing is trained by what was given
@@ -214,6 +215,15 @@ class Job:
         if args.n_images:
             self.training = self.training.sample(args.n_images, args.seed)
         check_crop_size(args.backbone, crop_size(size))
+
+    def bring_images(self) -> None:
+        """Copy the images to the GPU, if they are to lie there."""
+        for name in ("training", "test"):
+            split = getattr(self, name)
+            images = images_on(self.device, split.images, self.args.data_on)
+            setattr(self, name, replace(split, images=images))
+        if self.held_out:
+            self.held_out = replace(self.held_out, images=self.training.images)
 
     def fit_options(self) -> list[str]:
         """Settle the options that depend on the training images; returns what is worth a remark."""
@@ -365,7 +375,7 @@ def train_epoch(job: Job, epoch: int) -> dict:
     plan = EpochPlan(
         job.training, args.batch_size, args.seed, epoch, **neighbors, share=job.processes.share
     )
-    batches = two_view_batches(job.images, plan, args.workers, state.step)
+    batches = two_view_batches(job.training.images, plan, args.workers, state.step)
     method.train()
     started = time.perf_counter()
     job.pooled = None  # the network changes from here on

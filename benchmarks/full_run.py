@@ -92,12 +92,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data_dir", type=path_name, default="data", help="the folder that holds it")
     add("--image_size", type=whole(8), default=256, help="which pre-processed size")
     add("--n_epoch", type=whole(1), default=30, help="of the paper's method; the recipe has one")
+    add("--precisions", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    add("--test_batch", type=whole(1), default=500, help="of train.py")
     options = parser.parse(list(argv or sys.argv[1:]))
     data = [f"--dataset={options.dataset}", f"--data_dir={options.data_dir}", "--weights=none"]
-    data.append(f"--image_size={options.image_size}")
+    data += [f"--image_size={options.image_size}", f"--test_batch={options.test_batch}"]
     result: dict[str, Any] = {"data": f"{options.dataset}, {options.image_size} px"}
     for title, run in (TINY_RUNS if options.tiny else RUNS).items():
-        for precision in ("bf16", "fp32"):
+        for precision in options.precisions:
             words = [*data, *run, f"--precision={precision}"]
             if "--recipe=paper" in run:
                 words.append(f"--n_epoch={options.n_epoch}")

@@ -9,10 +9,14 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.errors import UserError
+
+if TYPE_CHECKING:  # reading the files needs no torch
+    from torch import Tensor
 
 SMALLEST_IMAGE_SIZE = 8  # pixels
 DEFAULT_IMAGE_SIZE = 256  # pixels, of the released code
@@ -27,14 +31,15 @@ class Split:
     """One half of a data set, or a part of a half (see `hold_out`).
 
     Attributes:
-        images: uint8 RGB array (M, S, S, 3) of the whole half, memory-mapped.
+        images: uint8 RGB (M, S, S, 3) of the whole half, a memory-mapped array; in training it may
+            be a tensor on a GPU.
         labels: int64 array (N,).
         path: the file of the images.
         rows: int64 array (N,), where each image of the part lies in `images`.
         roles: int64 array (N,), QUERY or gallery; None if every image searches all others.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Tensor
     labels: np.ndarray
     path: Path
     rows: np.ndarray

@@ -120,15 +120,12 @@ def cut_crops(images: np.ndarray, crops: CropPlan, size: int) -> np.ndarray:
 
 def gather_crops(images: Tensor, crops: CropPlan, size: int) -> Tensor:
     """Do what `cut_crops` does, by one gather on the device where the images lie."""
-    offsets = np.arange(size)
-    columns = np.where(crops.flip[:, None], offsets[::-1], offsets)
-    places = (
-        crops.row[:, None, None],
-        (crops.top[:, None] + offsets)[:, :, None],
-        (crops.left[:, None] + columns)[:, None, :],
-    )
-    index = tuple(torch.from_numpy(p).to(images.device, non_blocking=True) for p in places)
-    return images[index]
+    fields = np.stack([crops.row, crops.top, crops.left, crops.flip])
+    fields = torch.from_numpy(fields).to(images.device, non_blocking=True)
+    row, top, left, flip = fields[..., None, None]  # (B, 1, 1) each
+    offsets = torch.arange(size, device=images.device)
+    columns = left + torch.where(flip.bool(), size - 1 - offsets, offsets)
+    return images[row, top + offsets[:, None], columns]
 
 
 def images_on(device: torch.device, images: np.ndarray, data_on: str) -> np.ndarray | Tensor:
@@ -170,10 +167,15 @@ def two_view_batches(
             return gather_crops(images, crops, size), index
         return torch.from_numpy(cut_crops(images, crops, size)), index
 
-    return ReadAhead(cut, batches, 0 if isinstance(images, Tensor) else workers)
+    return ReadAhead(cut, batches, ahead(images, workers))
 
 
-def center_crop(images: np.ndarray) -> np.ndarray:
+def ahead(images: np.ndarray | Tensor, workers: int) -> int:
+    """Return how many threads cut ahead: none where the images lie on a device."""
+    return 0 if isinstance(images, Tensor) else workers
+
+
+def center_crop(images: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """Return the center of stored images, a view: uint8 (N, S, S, 3) -> (N, crop, crop, 3)."""
     size = crop_size(images.shape[1])
     start = (images.shape[1] - size) // 2
@@ -191,11 +193,11 @@ def center_crops(
     centers = center_crop(split.images)
 
     def cut(start: int) -> Tensor:
-        return torch.from_numpy(centers[split.rows[start : start + batch_size]])
+        return torch.as_tensor(centers[split.rows[start : start + batch_size]])
 
     part, n_parts = share
     starts = range(part * batch_size, len(split), n_parts * batch_size)
-    return ReadAhead(cut, starts, workers)
+    return ReadAhead(cut, starts, ahead(split.images, workers))
 
 
 def part_crops(
