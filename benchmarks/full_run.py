@@ -32,11 +32,8 @@ from utils.features import network_autocast
 from utils.options import path_name, whole
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RUNS = {
-    "paper, googlenet": ("--recipe=paper", "--backbone=googlenet"),
-    "recipe best, resnet18": ("--recipe=best", "--backbone=resnet18"),
-}
-TINY_RUNS = {"paper, tiny": ("--recipe=paper", "--backbone=resnet_small")}
+BACKBONES = {"paper": "googlenet", "best": "resnet18"}  # of each recipe
+TINY_BACKBONE = "resnet_small"
 SIDE = 8192  # of the matrices that tell what the machine reaches
 TINY_SIDE = 256
 
@@ -92,16 +89,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--data_dir", type=path_name, default="data", help="the folder that holds it")
     add("--image_size", type=whole(8), default=256, help="which pre-processed size")
     add("--n_epoch", type=whole(1), default=30, help="of the paper's method; the recipe has one")
+    add("--recipes", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     add("--precisions", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     add("--test_batch", type=whole(1), default=500, help="of train.py")
     options = parser.parse(list(argv or sys.argv[1:]))
     data = [f"--dataset={options.dataset}", f"--data_dir={options.data_dir}", "--weights=none"]
     data += [f"--image_size={options.image_size}", f"--test_batch={options.test_batch}"]
     result: dict[str, Any] = {"data": f"{options.dataset}, {options.image_size} px"}
-    for title, run in (TINY_RUNS if options.tiny else RUNS).items():
+    for recipe in options.recipes:
+        backbone = TINY_BACKBONE if options.tiny else BACKBONES[recipe]
         for precision in options.precisions:
-            words = [*data, *run, f"--precision={precision}"]
-            if "--recipe=paper" in run:
+            words = [*data, f"--recipe={recipe}", f"--backbone={backbone}"]
+            words.append(f"--precision={precision}")
+            if recipe == "paper":
                 words.append(f"--n_epoch={options.n_epoch}")
             with TemporaryDirectory() as folder:
                 measured = measure(words, Path(folder))
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measured["gflop_of_a_view"] = round(flop / 1e9, 2)
             measured["peak_tflops"] = round(peak / 1e12, 3)
             measured["share_of_peak"] = round(flop * measured["views_per_second"] / peak, 3)
-            result[f"{title}, {precision}"] = measured
+            result[f"recipe {recipe}, {backbone}, {precision}"] = measured
     paired.write(result, options)
 
 

@@ -55,7 +55,7 @@ class _Conv1(_NamedConvs):
     def __init__(self, lrn: str) -> None:
         super().__init__()
         self.add_conv("7x7_s2", 3, 64, 7, stride=2)
-        self.norm = make_lrn(lrn)
+        self.norm = make_lrn(lrn, 64)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 64, H/4, W/4)
         return self.norm(_pool3_stride2(self.conv("7x7_s2", x)))
@@ -66,7 +66,7 @@ class _Conv2(_NamedConvs):
         super().__init__()
         self.add_conv("3x3_reduce", 64, 64, 1)
         self.add_conv("3x3", 64, 192, 3)
-        self.norm = make_lrn(lrn)
+        self.norm = make_lrn(lrn, 192)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 64, h, w) -> (B, 192, h/2, w/2)
         return _pool3_stride2(self.norm(self.conv("3x3", self.conv("3x3_reduce", x))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,28 +11,34 @@ class LocalResponseNorm(nn.Module):
     """Divide by the root of the squares around a channel: y = x / (k + a / n sum x^2)^beta.
 
     The sum runs over the n = `size` channels around each one. It equals
-    `torch.nn.LocalResponseNorm`, which is slower, and `torch.nn.CrossMapLRN2d` on a GPU with torch
-    1.1, with which the paper's networks were trained.
+    `torch.nn.LocalResponseNorm` and `torch.nn.CrossMapLRN2d` on a GPU with torch 1.1, with which
+    the paper's networks were trained; as a convolution of one pixel it is faster than either.
     """
 
     def __init__(
-        self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+        self,
+        channels: int,
+        size: int = 5,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 1.0,
     ) -> None:
         super().__init__()
         self.size = size
         self.alpha = alpha
         self.beta = beta
         self.k = k
+        numbers = torch.arange(channels)
+        is_near = (numbers[:, None] - numbers).abs() <= size // 2
+        self.register_buffer("is_near", is_near[:, :, None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x (B, C, H, W)."""
-        half = self.size // 2
-        padded = F.pad(x * x, (0, 0, 0, 0, half, half))
-        sums = sum(padded[:, shift : shift + x.shape[1]] for shift in range(self.size))
-        return x * (self.k + self.alpha / self.size * sums).pow(-self.beta)
+        sums = F.conv2d(x * x, self.is_near.to(x))
+        return x * (self.k + self.alpha / self.size * sums).pow(-self.beta).to(x)
 
 
-def make_lrn(kind: str) -> nn.Module:
+def make_lrn(kind: str, channels: int) -> nn.Module:
     """Make the normalization of the paper's backbone.
 
     kind: "caffe", or "fallback" for what `torch.nn.CrossMapLRN2d` computes on a CPU and in every
@@ -40,4 +47,4 @@ def make_lrn(kind: str) -> nn.Module:
     """
     if kind == "fallback":
         return nn.CrossMapLRN2d(5, 1e-4, 0.75, 1.0)
-    return LocalResponseNorm()
+    return LocalResponseNorm(channels)

@@ -71,9 +71,10 @@ def test_a_full_run(tmp_path):
     data = write_dataset(tmp_path / "data")
     out = tmp_path / "out.json"
     words = ["--dataset=tiny", f"--data_dir={data}", "--image_size=32", "--n_epoch=2"]
+    words.append("--recipes=paper")
     full_run.main(["--tiny", "--repeats=1", "--out", str(out), *words])
     for precision in ("bf16", "fp32"):
-        measured = json.loads(out.read_text())[f"paper, tiny, {precision}"]
+        measured = json.loads(out.read_text())[f"recipe paper, resnet_small, {precision}"]
         assert measured["epochs"] == 2 and 0 < measured["share_of_peak"] < 1
         assert sum(measured["parts"].values()) < measured["seconds"]
         assert "training, backward" in measured["stages_of_an_epoch"]

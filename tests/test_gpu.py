@@ -113,7 +113,8 @@ def test_the_network_computes_what_it_does_on_a_cpu(backbone):
         expected = model(x)
         computed = model.cuda()(x.cuda())
     for value, reference in zip(computed, expected, strict=True):
-        torch.testing.assert_close(value.cpu(), reference, rtol=2e-2, atol=2e-2)
+        distance = (value.cpu() - reference).norm() / reference.norm()
+        assert distance < 5e-3  # convolutions on a GPU round to 10 bits
 
 
 def test_embeddings_by_the_gpu(tmp_path):

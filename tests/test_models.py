@@ -39,7 +39,7 @@ CHANNELS = {
 @pytest.mark.parametrize("n_channels", [1, 2, 4, 12])
 def test_lrn_is_torchs(size, alpha, beta, k, n_channels):
     x = (3 * noise(2, n_channels, 3, 4)).requires_grad_()
-    y = LocalResponseNorm(size, alpha, beta, k)(x)
+    y = LocalResponseNorm(x.shape[1], size, alpha, beta, k)(x)
     expected = nn.LocalResponseNorm(size, alpha, beta, k)(x)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
     weight = noise(2, n_channels, 3, 4, seed=1)
