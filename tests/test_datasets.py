@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -286,13 +287,17 @@ def test_batches_may_be_left_early_and_faults_reach_the_caller(training, workers
         list(two_view_batches(training.images, plan, workers))
 
 
+@pytest.mark.parametrize("is_resident", [True, False])
 @pytest.mark.parametrize("workers", [0, 3])
-def test_center_crops(training, workers):
-    batches = list(center_crops(training, 7, workers))
+def test_center_crops(training, workers, is_resident):
+    split = training
+    if is_resident:
+        split = replace(training, images=torch.from_numpy(training.images.copy()))
+    batches = list(center_crops(split, 7, workers))
     assert [len(batch) for batch in batches] == [7, 7, 7, 3]
     np.testing.assert_array_equal(np.concatenate(batches), training.images[:, 2:30, 2:30])
     for rank in range(2):
-        of_process = center_crops(training, 7, workers, share=(rank, 2))
+        of_process = center_crops(split, 7, workers, share=(rank, 2))
         for batch, expected in zip(of_process, batches[rank::2], strict=True):
             np.testing.assert_array_equal(batch, expected)
 
