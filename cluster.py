@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import utils.threads  # noqa: F401
@@ -195,7 +196,13 @@ def write_files(
 
 
 def link_groups(folder: Path, groups: Sequence[Sequence[str]]) -> None:
-    """Make a folder of links to the images of each group, all of them or none."""
+    """Make a folder of links to the images of each group, all of them or none.
+
+    Raises UserError if an image is no file.
+    """
+    for path in chain.from_iterable(groups):
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such file to link to; embed the folder as it is now")
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         beside.mkdir(parents=True)

@@ -21,7 +21,7 @@ from datasets.views import crop_size
 from embedder import Embedder
 from models import BACKBONES, Pooling, check_crop_size
 from models.export import export_onnx
-from utils.devices import choose_device
+from utils.devices import choose_device, memory_faults
 from utils.distributed import Processes, joined
 from utils.embedding_writer import (
     EmbeddingWriter,
@@ -143,8 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Embed the images, or write the network."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     allow_pixels(args.max_pixels)
+    advice = "lower --test_batch, or use --precision bf16"
     try:
-        with StopRequest() as stop, joined() as processes:
+        with memory_faults(advice), StopRequest() as stop, joined() as processes:
             if args.onnx:
                 with stop.at_once():
                     export(args)

@@ -18,7 +18,7 @@ from datasets.arrays import Split, load_split
 from datasets.views import center_crops, crop_size
 from models import BACKBONES, Pooling, check_crop_size, load_network
 from utils.clustering import ENGINES
-from utils.devices import choose_device
+from utils.devices import choose_device, memory_faults
 from utils.distributed import Processes, joined
 from utils.errors import UserError, run_script
 from utils.evaluation import alone_remark, check_classes, score, why_no_nmi
@@ -90,7 +90,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Load, embed, score, print."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    with StopRequest() as stop, stop.at_once(), joined() as processes:
+    advice = "lower --test_batch, or use --precision bf16"
+    with memory_faults(advice), StopRequest() as stop, stop.at_once(), joined() as processes:
         test(args, processes)
     return 0
 

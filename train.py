@@ -108,7 +108,7 @@ def make_parser(method: str) -> Parser:
     add("--batch_size", type=whole(1), default=64, help="m, images a batch, of all processes")
     add("--optimizer", type=name_of(("sgd", "adamw")), default="sgd", help="plain SGD, or AdamW")
     add("--lr", type=real(0, above=True), default=0.001, help="learning rate")
-    add("--schedule", type=name_of(SCHEDULES), default="constant", help="of the rate")
+    add("--schedule", type=name_of(SCHEDULES), default="constant", help="of the learning rate")
     add("--warmup_epochs", type=real(0), default=0.0, help="in which the rate rises from 0")
     add("--train_stages", type=whole(0), default=0, help="last stages that are trained; 0: all")
     add("--train_batch_norm", action=flag, default=False, help="batch statistics in the backbone")
@@ -120,7 +120,12 @@ def make_parser(method: str) -> Parser:
     )
     options.add_flip_eval(group, False)
     add("--nmi", type=name_of(("auto", "on", "off")), default="auto", help="auto: to 1000 classes")
-    add("--val_classes", type=whole(0), default=0, help="held-out classes that choose best.pth")
+    add(
+        "--val_classes",
+        type=whole(0),
+        default=0,
+        help="last classes to hold out; they choose best.pth",
+    )
     add = parser.add_argument_group("run").add_argument
     add("--model_name", type=folder_name, help="name of the run (default: CBSwR_<DATASET>)")
     add("--checkpoint_dir", type=path_name, default="new_checkpoint", help="where runs are")
@@ -133,7 +138,12 @@ def make_parser(method: str) -> Parser:
     options.add_precision(group)
     add = group.add_argument
     add("--deterministic", action="store_true", help="the same bits each time on a GPU, slower")
-    add("--data_on", type=name_of(("auto", "device", "host")), default="auto", help="of images")
+    add(
+        "--data_on",
+        type=name_of(("auto", "device", "host")),
+        default="auto",
+        help="where images lie",
+    )
     add_method_options(parser, method)
     return parser
 
@@ -192,7 +202,7 @@ class Job:
         self.bring_images()
         self.state = run.restore(saved, self.parts, self.device) if saved else State()
         if saved and self.state.epoch >= args.n_epoch:
-            self.config = saved["config"]  # nothing is trained by what was given
+            self.config = saved["config"]  # no epoch is left: the options it was trained with
         if saved:
             remarks.append(f"goes on after epoch {self.state.epoch}, step {self.state.step}")
         self.events = None
@@ -212,18 +222,19 @@ class Job:
         self.held_out = None
         if args.val_classes:
             self.training, self.held_out = self.training.hold_out(args.val_classes)
+            check_classes(self.held_out.labels)
         if args.n_images:
             self.training = self.training.sample(args.n_images, args.seed)
         check_crop_size(args.backbone, crop_size(size))
 
     def bring_images(self) -> None:
-        """Copy the images to the GPU, if they are to lie there."""
-        for name in ("training", "test"):
-            split = getattr(self, name)
-            images = images_on(self.device, split.images, self.args.data_on)
-            setattr(self, name, replace(split, images=images))
+        """Copy the images of both halves to the GPU, if they are to lie there."""
+        halves = [self.training.images, self.test.images]
+        training, test = images_on(self.device, halves, self.args.data_on)
+        self.training = replace(self.training, images=training)
+        self.test = replace(self.test, images=test)
         if self.held_out:
-            self.held_out = replace(self.held_out, images=self.training.images)
+            self.held_out = replace(self.held_out, images=training)
 
     def fit_options(self) -> list[str]:
         """Settle the options that depend on the training images; returns what is worth a remark."""
@@ -252,7 +263,9 @@ class Job:
         n_cluster = getattr(args, "n_cluster", 32)  # of a cluster head that the method may not use
         model = build_model(args.backbone, n_cluster, args.low_dim, weights, self.pooling)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.model.base_model = share_batch_norm(model.base_model, self.processes, self.device)
+        if args.train_batch_norm:
+            network = share_batch_norm(model.base_model, self.processes, self.device)
+            self.model.base_model = network
         self.model.train_parts(args.train_stages, args.train_batch_norm)
         make_method = METHODS[args.method]
         facts = {"n_images": len(self.training), "processes": self.processes}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from utils.files import write_json
-from utils.options import Parser, path_name, whole
+from utils.options import Parser, path_name, usable_cores, whole
 
 RESULTS = Path(__file__).resolve().parents[1] / "misc" / "benchmarks"
 
@@ -37,7 +36,7 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),

@@ -120,7 +120,7 @@ def our_step(model: nn.Module, images: np.ndarray, m: int, precision: str) -> Ca
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     labels = np.zeros(len(images), np.int64)
     split = Split(images, labels, Path(), np.arange(len(images)))
-    source = images_on(DEVICE, images, "auto")
+    (source,) = images_on(DEVICE, [images], "auto")
 
     def make_batches(epoch: int) -> Iterator[Tensor]:
         plan = EpochPlan(split, m, seed=0, epoch=epoch)

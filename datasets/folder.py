@@ -16,8 +16,9 @@ from torch import Tensor
 
 from datasets.arrays import Split, beside
 from datasets.images import UnreadableError, decode_image
-from datasets.views import ReadAhead, center_crop
+from datasets.views import center_crop
 from utils.embeddings import KnownRows
+from utils.read_ahead import ReadAhead
 from utils.tables import CSV_FORMAT
 
 LEAST_SHARED = 0.25  # of known rows, or else a folder is another one

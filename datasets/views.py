@@ -6,9 +6,7 @@ therefore depends neither on the number of workers nor on where a run was stoppe
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +16,7 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from datasets.arrays import Split
 from utils.errors import UserError
+from utils.read_ahead import ReadAhead
 
 FLIP_PROBABILITY = 0.75  # of the released code
 POSITIVE_PROBABILITY = 0.5  # of the released code
@@ -128,20 +127,27 @@ def gather_crops(images: Tensor, crops: CropPlan, size: int) -> Tensor:
     return images[row, top + offsets[:, None], columns]
 
 
-def images_on(device: torch.device, images: np.ndarray, data_on: str) -> np.ndarray | Tensor:
-    """Copy the stored images (M, S, S, 3) to a GPU, or leave them in their file.
+def images_on(
+    device: torch.device, halves: Sequence[np.ndarray], data_on: str
+) -> Sequence[np.ndarray | Tensor]:
+    """Copy stored images, each (M, S, S, 3), to a GPU, or leave them in their files.
 
     Args:
-        data_on: device, host, or auto: the GPU if half of its free memory holds them.
+        data_on: device, host, or auto: the GPU if half of its free memory holds all of them.
 
     Raises UserError if they should be on a GPU and there is none.
     """
     if device.type == "cpu" and data_on == "device":
         raise UserError("there is no GPU to hold the images; leave them on the host")
     if device.type == "cpu" or data_on == "host":
-        return images
-    if data_on == "auto" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return images
+        return halves
+    n_bytes = sum(images.nbytes for images in halves)
+    if data_on == "auto" and n_bytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return halves
+    return [_copied(images, device) for images in halves]
+
+
+def _copied(images: np.ndarray, device: torch.device) -> Tensor:
     resident = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for start in range(0, len(images), COPIED_AT_ONCE):
         block = images[start : start + COPIED_AT_ONCE]
@@ -243,34 +249,3 @@ def part_crops(
     rank, count = share
     starts = range(rank * batch_size, len(index), count * batch_size)
     return ReadAhead(cut, starts, workers)
-
-
-class ReadAhead:
-    """Iterates make(number) for each number in order, computed ahead by threads; without workers
-    on demand. Its length is that of the numbers.
-    """
-
-    def __init__(self, make: Callable, numbers: Sequence[int], workers: int) -> None:
-        self.make = make
-        self.numbers = numbers
-        self.workers = workers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Iterator:
-        if self.workers == 0:
-            yield from map(self.make, self.numbers)
-            return
-        with ThreadPoolExecutor(self.workers) as pool:
-            pending: deque = deque()
-            try:
-                for number in self.numbers:
-                    pending.append(pool.submit(self.make, number))
-                    if len(pending) > self.workers:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()

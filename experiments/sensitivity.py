@@ -54,7 +54,7 @@ def write_study(
 ) -> None:
     """Write what each value of each option gives."""
     scores = records[0]["scores"]
-    titles = {title: name for title, name in table.DRAWN.items() if name in scores}
+    titles = table.in_all(table.DRAWN, records)
     lines = []
     texts = [["option", "value", *titles]]
     for row, point in points.items():

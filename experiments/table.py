@@ -120,6 +120,11 @@ def summarize(records: Sequence[dict], names: Iterable[str]) -> dict:
     return line
 
 
+def in_all(titles: dict[str, str], records: Sequence[dict]) -> dict[str, str]:
+    """Return those scores, by title, that all runs have."""
+    return {t: n for t, n in titles.items() if all(n in record["scores"] for record in records)}
+
+
 def cells(line: dict, names: Iterable[str], best: dict | None = None) -> list[str]:
     """Return scores of a line as tables show them; those that print as the best are bold."""
     texts = []
@@ -138,8 +143,8 @@ def write_table(
     args: argparse.Namespace, setting: Setting, rows: Sequence[Row], records: Sequence[dict]
 ) -> list[dict]:
     """Write a table in all its forms, and return its lines of numbers."""
-    scores = records[0]["scores"]
-    titles = {k: v for k, v in (recall_titles(scores) | MORE_SCORES).items() if v in scores}
+    titles = recall_titles(records[0]["scores"]) | MORE_SCORES
+    titles = in_all(titles, records)
     names = titles.values()
     lines = []
     for row in rows:
@@ -262,7 +267,7 @@ def draw_epochs(path: str, records: Sequence[dict]) -> None:
 
     All runs of a row have its color.
     """
-    drawn = {t: n for t, n in DRAWN.items() if all(n in record["scores"] for record in records)}
+    drawn = in_all(DRAWN, records)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(1, len(drawn), squeeze=False)[0]
     titles = list(dict.fromkeys(record["title"] for record in records))

@@ -26,7 +26,7 @@ Features = Callable[[], tuple[Tensor, Tensor]]
 
 
 class Method(nn.Module):
-    """A way to train a network, image by image number.
+    """A way to train a network. It knows an image by its number.
 
     The loop calls `begin_epoch`, then `forward` and `end_step` for each batch. Whatever a resumed
     run needs is a buffer, which the checkpoint keeps by name.

@@ -138,5 +138,5 @@ class STML(Method):
                 value.copy_(student[name])
 
     def head_changed(self) -> None:
-        """Take over the student as it is."""
-        self._move_teacher(momentum=0.0)
+        """Take over the student's network as it is."""
+        self.teacher["model"].load_state_dict(self.model.state_dict())

@@ -39,7 +39,8 @@ def load_checkpoint(
         backbone: for a file that does not say its backbone; None finds one by names and shapes.
 
     Returns:
-        The model in evaluation mode on `device`, and info: path, epoch (None if unknown), backbone,
+        The model in evaluation mode on `device`, and info: path, epoch (None if unknown), step
+        (0 unless the file was written within an epoch), backbone,
         n_cluster, low_dim, config (the options of the run; {} for the authors' files), data (the
         fingerprints of its data; {} if unknown), image_size (side of the training images in
         pixels; None if unknown), flip_eval (whether the run averaged mirror images).
@@ -66,6 +67,7 @@ def load_checkpoint(
     info = {
         "path": str(Path(path)),
         "epoch": epoch if isinstance(epoch, int) else None,
+        "step": (facts.get("state") or {}).get("step", 0),
         "backbone": backbone,
         "n_cluster": n_cluster,
         "low_dim": low_dim,
@@ -120,7 +122,8 @@ def _has_closed_form(info: dict) -> bool:
     """Whether the head is as `models.closed_form` made it, by what is known of its training."""
     config = info["config"]
     is_refitted = config.get("refit_head", False) not in (False, "off")
-    return config.get("head_init", "random") != "random" and (is_refitted or info["epoch"] == 0)
+    is_fitted = info["step"] == 0 and (is_refitted or info["epoch"] == 0)
+    return config.get("head_init", "random") != "random" and is_fitted
 
 
 def _current_config(config: object) -> dict:

@@ -104,7 +104,7 @@ def read_options() -> argparse.Namespace:
         parser.error("give --images DIR and --name NAME")
     if args.name in SCRIPTS:
         parser.error(f"--name {args.name}: pre_process_{args.name}.py makes it; choose another")
-    home = home_of(args.name, args.data_dir)
+    home = args.out_dir or home_of(args.name, args.data_dir)
     if args.labels and Path(args.labels).resolve().parent == home.resolve():
         parser.error(
             f"--labels {args.labels}: lies where the data set is written; copy it elsewhere"

@@ -67,7 +67,7 @@ def read_lines(file: Path, advice: str) -> list[tuple[str, str]]:
 
 
 def read_columns(lines: Sequence[tuple[str, str]], columns: str) -> list[tuple[list[str], str]]:
-    """Half the lines of `read_lines` into columns; the last column takes the rest of its line.
+    """Split the lines of `read_lines` into columns; the last column takes the rest of its line.
 
     Args:
         columns: their names with blanks between them; a line of just these names is left out.
@@ -130,7 +130,7 @@ def check_disjoint(splits: Sequence[Half], source: Path) -> None:
 def halves_by_class(
     sources: Sequence[Any], labels: Sequence[int], n_training: int, source: Path
 ) -> list[Half]:
-    """Half a data set zero-shot: classes 1..`n_training` train, the others are never seen.
+    """Split a data set zero-shot: classes 1..`n_training` train, the others are never seen.
 
     Order is kept. Raises UserError that names `source` unless each half has two images.
     """

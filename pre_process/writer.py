@@ -15,11 +15,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from datasets.images import UnreadableError, decode_image
-from pre_process.pool import worker_pool
 from pre_process.raw_lists import Half, check_sizes
 from utils.errors import UserError
 from utils.files import check_writable, disk_faults, made_folder, written_whole
 from utils.progress import progress
+from utils.read_ahead import ReadAhead
 from utils.signals import StopRequest
 from utils.tables import CSV_FORMAT, csv_writer
 
@@ -27,8 +27,7 @@ BYTES_PER_TASK = 2**20  # of pixels: small, so that memory stays small and the l
 ELSEWHERE = "make room there or choose another folder"
 
 MakeRow = Callable[[Any, int], np.ndarray]
-"""(source, image_size) -> uint8 (image_size, image_size, 3); a function of a module, as workers
-import it by its name."""
+"""(source, image_size) -> uint8 (image_size, image_size, 3)."""
 
 
 class Written(NamedTuple):
@@ -73,19 +72,19 @@ def write_splits(
             `<dataset>_<size>resized_unreadable.csv`.
 
     Raises:
-        UserError: `out_dir` is not writable, the disk is full, a worker died, or what `make_row`
+        UserError: `out_dir` is not writable, the disk is full, or what `make_row`
             raises.
     """
     check_writable(out_dir, ELSEWHERE)
     with StopRequest() as stop, made_folder(out_dir), ExitStack() as files:
         n_rows = sum(len(split.sources) for split in splits)
         check_space(out_dir, n_rows * (image_size**2 * 3 + 8))
-        with worker_pool(workers) as map_in_order, stop.at_once():
+        with stop.at_once():
             written = []
             for split in splits:
                 make = partial(make_rows, make_row, image_size, skip_bad)
                 tasks = chunks(split.sources, image_size)
-                rows = chain.from_iterable(map_in_order(make, tasks))
+                rows = chain.from_iterable(ReadAhead(make, tasks, workers))
                 stem = out_dir / f"{split.name}_{dataset}_{image_size}resized"
                 written.append(write_split(files, stem, split, image_size, rows))
             name = out_dir / f"{dataset}_{image_size}resized_unreadable.csv"

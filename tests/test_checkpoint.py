@@ -38,6 +38,7 @@ def test_round_trip(tmp_path, backbone):
     assert info == {
         "path": str(path),
         "epoch": 11,
+        "step": 0,
         "backbone": backbone,
         "n_cluster": 5,
         "low_dim": 6,
@@ -134,6 +135,9 @@ def test_a_network_of_a_run_and_its_first_dimensions(tmp_path, small):
             load_network("cpu", str(tmp_path), dim=4)
     save(path, small, epoch=0, config=config | {"refit_head": "off"})
     assert load_network("cpu", str(tmp_path), dim=4)[0].low_dim == 4
+    save(path, small, epoch=2, config=config, state={"step": 3})  # stopped in the third epoch
+    with pytest.raises(UserError, match="not in closed form"):
+        load_network("cpu", str(tmp_path), dim=4)
 
 
 # ----------------------------------------------------------------------------------- refused

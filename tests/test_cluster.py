@@ -117,6 +117,9 @@ def test_links_and_sheet(tmp_path):
     query = ("--embeddings", file, "--query", photos / "cat/00.jpg", "--sheet", photo)
     failed(run_in_process("search.py", *query), "01.png: is one of the embedded images")
     assert photo.read_bytes() == content
+    photo.rename(photos / "renamed.png")
+    failed(cluster(file, "--k", 3, "--link", tmp_path / "new"), "01.png: no such file to link to")
+    assert not (tmp_path / "new").exists()
 
 
 def test_duplicate_groups():

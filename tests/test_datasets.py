@@ -304,6 +304,7 @@ def test_center_crops(training, workers, is_resident):
 
 def test_images_stay_in_their_file_without_a_gpu(training):
     cpu = torch.device("cpu")
-    assert images_on(cpu, training.images, "auto") is training.images
+    halves = [training.images]
+    assert images_on(cpu, halves, "auto") is halves
     with pytest.raises(UserError, match="no GPU to hold the images"):
-        images_on(cpu, training.images, "device")
+        images_on(cpu, halves, "device")

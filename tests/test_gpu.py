@@ -76,9 +76,10 @@ def test_deterministic_runs_have_the_same_bits(data, tmp_path):
 
 def test_images_lie_on_the_gpu_if_there_is_room():
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
-    assert images_on(CUDA, images, "host") is images
+    (on_host,) = images_on(CUDA, [images], "host")
+    assert on_host is images
     for choice in ("auto", "device"):
-        resident = images_on(CUDA, images, choice)
+        (resident,) = images_on(CUDA, [images], choice)
         assert resident.is_cuda and np.array_equal(resident.cpu(), images)
 
 

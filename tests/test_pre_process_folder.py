@@ -306,6 +306,8 @@ def test_a_name_stands_for_one_folder(script, tmp_path):
     assert script(*others, "--overwrite").code == 0
     assert all("/others/" in path for path in half("training")[1])
     assert not list(Path("data", "mine").glob("*unreadable.csv"))  # it was of the other folder
+    assert script("--skip_bad", "--out_dir", "elsewhere").code == 0
+    failed(script(*others, "--out_dir", "elsewhere"), "holds images of another folder")
 
 
 # ----------------------------------------------------------------------------------- mistakes

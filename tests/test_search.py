@@ -156,6 +156,21 @@ def test_recall_of_an_approximate_index(kind):
         assert np.array_equal(values, expected)
 
 
+def test_what_codes_round_is_sorted_by_the_rows():
+    rows = np.random.default_rng(0).standard_normal((1200, 8)).astype(np.float32)
+    index = Index(rows, "PQ4x4")
+    distances, numbers = index.search(rows[:50], 5)
+    expected = Index(rows).search(rows[:50], 5)
+    codes = index.faiss.search(rows[:50], 5)[1]
+
+    def found(numbers: np.ndarray) -> int:
+        return sum(len(set(a) & set(b)) for a, b in zip(numbers, expected[1], strict=True))
+
+    assert found(codes) < 0.7 * 250 and found(numbers) > 0.9 * 250
+    is_found = numbers == expected[1]
+    assert np.array_equal(distances[is_found], expected[0][is_found])
+
+
 def test_exact_search_in_blocks(monkeypatch):
     rows = np.random.default_rng(0).standard_normal((299, 8)).astype(np.float16)
     queries = rows[::7].astype(np.float32)

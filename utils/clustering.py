@@ -1,4 +1,4 @@
-"""k-means by faiss, on the GPU where there is one, or by scikit-learn."""
+"""k-means by faiss, on the GPU for rows that lie there, or by scikit-learn."""
 
 from __future__ import annotations
 
@@ -76,36 +76,40 @@ def kmeans(
     seed = seed % 2**31  # the range of faiss
     if pick_engine(engine) == "faiss":
         rows, center = _centered(matrix)
-        place = _uses_gpu(matrix)
-        assignments, centroids, inertia = _by_faiss(rows, k, n_init, max_iter, seed, place)
+        gpu = matrix.device.index if _uses_gpu(matrix) else None
+        assignments, centroids, inertia = _by_faiss(rows, k, n_init, max_iter, seed, gpu)
         return _results(features, assignments, centroids + center, inertia)
     rows = np.ascontiguousarray(matrix.cpu().numpy(), dtype=np.float32)
     return _results(features, *_by_sklearn(rows, k, n_init, max_iter, seed))
 
 
 def _by_faiss(
-    rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int, uses_gpu: bool
+    rows: np.ndarray, k: int, n_init: int, max_iter: int, seed: int, gpu: int | None
 ) -> tuple:
+    width = rows.shape[1]
+    index = faiss.IndexFlatL2(width)
+    if gpu is not None:  # faiss.Kmeans would take all of them
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index)
+    parameters = faiss.ClusteringParameters()
+    parameters.niter = max_iter
+    parameters.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
+    parameters.early_stop_threshold = EARLY_STOP
+    parameters.min_points_per_centroid = 1
+    parameters.max_points_per_centroid = len(rows)
     random = np.random.RandomState(seed)
     best = None
     for _ in range(n_init):
-        clustering = faiss.Kmeans(
-            rows.shape[1],
-            k,
-            niter=max_iter,
-            seed=int(random.randint(2**31)),
-            init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
-            early_stop_threshold=EARLY_STOP,
-            min_points_per_centroid=1,
-            max_points_per_centroid=len(rows),
-            gpu=int(uses_gpu),
-        )
-        start = kmeans_plusplus(rows, k, random_state=random)[0] if k <= GREEDY_UP_TO else None
-        clustering.train(rows, init_centroids=start)
-        distances, assignments = clustering.index.search(rows, 1)
+        parameters.seed = int(random.randint(2**31))
+        clustering = faiss.Clustering(width, k, parameters)
+        if k <= GREEDY_UP_TO:
+            start = kmeans_plusplus(rows, k, random_state=random)[0]
+            faiss.copy_array_to_vector(start.ravel(), clustering.centroids)
+        clustering.train(rows, index)
+        distances, assignments = index.search(rows, 1)
         inertia = float(distances.sum(dtype=np.float64))
         if best is None or inertia < best[2]:
-            best = (assignments[:, 0], clustering.centroids, inertia)
+            centroids = faiss.vector_float_to_array(clustering.centroids).reshape(k, width)
+            best = (assignments[:, 0], centroids, inertia)
     return best
 
 

@@ -60,10 +60,11 @@ def memory_faults(advice: str) -> Iterator[None]:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 has instructions of its own there: a GPU, or a CPU with AVX-512 BF16, AMX
-    or Arm's.
+    """Whether bfloat16 has instructions of its own there.
+
+    GPUs from Ampere (A100) on have them, and CPUs with AVX-512 BF16, AMX or Arm's.
     """
-    if device.type != "cpu":
-        return True
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return is_supported is not None and is_supported()

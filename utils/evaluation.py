@@ -46,7 +46,7 @@ def check_classes(labels: np.ndarray, is_query: np.ndarray | None = None) -> int
     n_alone = sum(found.get(label, 0) < 1 for label in queries.tolist())
     if n_alone == len(queries):
         raise UserError(
-            "no test image has another one of its class to find; there is nothing to score"
+            "no image has another one of its class to find; there is nothing to score"
         )
     return n_alone
 

@@ -20,6 +20,7 @@ IVF_TRAINING_ROWS = 100  # for each cell
 IVF_LEAST_ROWS = 39  # for each cell; faiss warns of fewer
 FACTORY_TRAINING_ROWS = 200_000
 RECALL_QUERIES = 1000
+CANDIDATES = 10  # times as many rows as are asked for, of an index whose codes round them
 BLOCK = 1 << 16  # rows
 
 
@@ -133,24 +134,27 @@ class Index:
         return np.random.default_rng(self.seed).permutation(len(self.rows))[:count]
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Find the k nearest rows of each query, nearest first.
+        """Find the k nearest rows of each query, nearest first, by the distances to the rows.
 
         Args:
             queries: float32 (Q, D).
-            k: at most N.
+            k: at most N. An index of the factory, whose codes may round the rows, is asked for
+                CANDIDATES times as many, of which the nearest are kept.
 
         Returns:
             Distances (Q, k) and row numbers (Q, k). An approximate index may find fewer than k;
             the remaining numbers are -1, at infinite distance.
         """
-        numbers = self._nearest(queries, k)
+        is_rounded = self.kind not in KINDS  # codes of faiss's factory
+        n_candidates = min(k * (CANDIDATES if is_rounded else 1), len(self.rows))
+        numbers = self._nearest(queries, n_candidates)
         distances = np.empty(numbers.shape, np.float32)
         for query, query_distances, query_numbers in zip(queries, distances, numbers, strict=True):
             # faiss computes distances from products, in which those of twins drown
             differences = self.rows[query_numbers].astype(np.float32) - query
             query_distances[:] = np.linalg.norm(differences, axis=1)
         distances[numbers < 0] = np.inf
-        order = distances.argsort(axis=1, kind="stable")
+        order = distances.argsort(axis=1, kind="stable")[:, :k]
         return np.take_along_axis(distances, order, 1), np.take_along_axis(numbers, order, 1)
 
     def _nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
@@ -179,7 +183,7 @@ class Index:
         n_hits = 0
         n_nearest = 0
         expected = nearest_exactly(self.rows, queries, k)
-        numbers = self._nearest(queries, k)
+        _, numbers = self.search(queries, k)
         for query, query_expected, query_numbers in zip(drawn, expected, numbers, strict=True):
             nearest = set(query_expected) - {query}
             n_hits += len(nearest & set(query_numbers))

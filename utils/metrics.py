@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 from torch import Tensor
 
 from utils.clustering import kmeans
-from utils.retrieval import as_matrix, nearest_neighbors
+from utils.retrieval import as_matrix, neighbor_blocks
 
 TIE = 1e-5  # difference of cosines that rounding may make
 Labels = Tensor | np.ndarray | Sequence
@@ -38,11 +38,16 @@ class _Search:
         if self.most < 1:
             raise ValueError("there is nothing to search: at least 2 embeddings are needed")
 
-    def hits(self, k: int, memory_mb: float) -> Tensor:
-        """Return bool (Q, k): whether the j-th nearest row has the label of the query."""
+    def hits(self, k: int, memory_mb: float) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some queries after the others, with bool (B, k): whether the j-th nearest row has
+        the label of the query.
+        """
         queries = None if self.excludes_query else self.queries
-        _, nearest = nearest_neighbors(self.rows, k, queries=queries, memory_mb=memory_mb)
-        return self.labels[nearest] == self.query_labels[:, None]
+        start = 0
+        for _, nearest in neighbor_blocks(self.rows, k, queries=queries, memory_mb=memory_mb):
+            block = slice(start, start + len(nearest))
+            start = block.stop
+            yield block, self.labels[nearest] == self.query_labels[block, None]
 
 
 def _as_labels(labels: Labels, count: int) -> np.ndarray:
@@ -93,8 +98,11 @@ def recall_at_k(
     if not ks or min(ks) < 1:
         raise ValueError(f"the K of Recall@K are whole numbers of at least 1, not {ks}")
     search = _Search(embeddings, labels, gallery)
-    found = search.hits(min(max(ks), search.most), memory_mb).cumsum(1) > 0
-    return {k: float(found[:, min(k, search.most) - 1].double().mean()) for k in ks}
+    found = dict.fromkeys(ks, 0)
+    for _, hits in search.hits(min(max(ks), search.most), memory_mb):
+        for k in found:
+            found[k] += int(hits[:, :k].any(1).sum())
+    return {k: count / len(search.queries) for k, count in found.items()}
 
 
 def precision_at_r(
@@ -120,14 +128,13 @@ def precision_at_r(
     if int(r.max()) < 1:
         raise ValueError("no query has an image of its class to find")
     ranks = torch.arange(1, int(r.max()) + 1, device=r.device)
-    hits = search.hits(len(ranks), memory_mb) & (ranks <= r[:, None])
-    hits = hits[r > 0]
-    r = r[r > 0].double()
-    precision = hits.cumsum(1).double() / ranks
-    return {
-        "r_precision": float((hits.sum(1) / r).mean()),
-        "map@r": float(((precision * hits).sum(1) / r).mean()),
-    }
+    shares = torch.zeros(2, len(r), dtype=torch.float64, device=r.device)
+    for block, hits in search.hits(len(ranks), memory_mb):
+        hits &= ranks <= r[block, None]
+        precision = hits.cumsum(1).double() / ranks
+        shares[:, block] = torch.stack([hits.sum(1), (precision * hits).sum(1)]) / r[block]
+    r_precision, map_at_r = shares[:, r > 0].mean(1).tolist()
+    return {"r_precision": r_precision, "map@r": map_at_r}
 
 
 def clustering_scores(

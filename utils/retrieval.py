@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
+
+BYTES_OF_NEIGHBOR = 32  # of distance and index, and of what is made of them
 
 
 def as_matrix(features: Tensor | np.ndarray) -> Tensor:
@@ -31,7 +35,7 @@ def nearest_neighbors(
     Args:
         rows: (N, D) floating point, on any device.
         queries: (Q, D); None: every row searches all other rows, itself left out by its index.
-        memory_mb: bound on the memory beside the features, in MiB.
+        memory_mb: bound on the memory beside features and results, in MiB.
 
     Returns:
         Squared distances (Q, k) and indices (Q, k), nearest first. Rows at equal distance come in
@@ -39,6 +43,16 @@ def nearest_neighbors(
 
     Raises ValueError if k is not between 1 and the number of rows that a query can find.
     """
+    blocks = neighbor_blocks(rows, k, queries=queries, memory_mb=memory_mb)
+    distances, indices = zip(*blocks, strict=True)
+    return torch.cat(distances), torch.cat(indices)
+
+
+@torch.no_grad()
+def neighbor_blocks(
+    rows: Tensor, k: int, *, queries: Tensor | None = None, memory_mb: float = 512
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what `nearest_neighbors` returns for some queries after the others, in their order."""
     rows = as_matrix(rows)
     most = len(rows) - (queries is None)
     if not 1 <= k <= most:
@@ -47,9 +61,8 @@ def nearest_neighbors(
     searched = rows - center
     asking = searched if queries is None else as_matrix(queries).to(rows) - center
     half_norms = searched.square().sum(1) / 2
-    block_size = max(1, int(memory_mb * 2**20 / (3 * rows.element_size() * len(rows))))
-    distances = []
-    indices = []
+    bytes_of_query = 3 * rows.element_size() * len(rows) + BYTES_OF_NEIGHBOR * k
+    block_size = max(1, int(memory_mb * 2**20 / bytes_of_query))
     for start in range(0, len(asking), block_size):
         block = asking[start : start + block_size]
         scores = torch.addmm(
@@ -59,6 +72,4 @@ def nearest_neighbors(
             scores.diagonal(start).fill_(-torch.inf)
         top = scores.topk(k)
         squares = block.square().sum(1, keepdim=True) - 2 * top.values
-        distances.append(squares.clamp_(min=0))
-        indices.append(top.indices)
-    return torch.cat(distances), torch.cat(indices)
+        yield squares.clamp_(min=0), top.indices

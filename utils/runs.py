@@ -194,7 +194,7 @@ class RunFolder:
                 part.load_state_dict(saved[name])
             state = State(**saved["state"])
             torch.set_rng_state(saved["rng"]["cpu"])
-            if "cuda" in saved["rng"] and torch.cuda.is_available():
+            if "cuda" in saved["rng"] and device.type == "cuda":
                 torch.cuda.set_rng_state(saved["rng"]["cuda"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -228,7 +228,7 @@ def _link(source: Path, target: Path) -> None:
 def _random_state() -> dict[str, Tensor]:
     """Return the state of torch's generators, from which dropout draws."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
