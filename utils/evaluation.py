@@ -45,9 +45,7 @@ def check_classes(labels: np.ndarray, is_query: np.ndarray | None = None) -> int
     found = dict(zip(classes.tolist(), (counts - (is_query is None)).tolist(), strict=True))
     n_alone = sum(found.get(label, 0) < 1 for label in queries.tolist())
     if n_alone == len(queries):
-        raise UserError(
-            "no image has another one of its class to find; there is nothing to score"
-        )
+        raise UserError("no image has another one of its class to find; there is nothing to score")
     return n_alone
 
 
