@@ -50,16 +50,23 @@ class Reconstruction:
     size: int
 
 
-def first_hit_ranks(embeddings: Tensor, labels: Tensor, memory_mb: float) -> Tensor:
+def first_hit_ranks(
+    embeddings: Tensor, labels: Tensor, queries: Tensor, gallery: Tensor, memory_mb: float
+) -> Tensor:
     """Return the rank, from 1, of the nearest other image of the same class; 0 if there is none.
 
-    Embeddings are (N, D), labels and ranks (N,). A block of distances takes `memory_mb` MiB.
+    Args:
+        embeddings: (N, D); labels: (N,).
+        queries: (Q,) the rows that search, whose ranks (Q,) are returned.
+        gallery: (N,) bool, the rows that are searched.
+        memory_mb: that a block of distances takes, in MiB.
     """
     block_size = max(1, int(memory_mb * 2**20 / (16 * len(embeddings))))
     ranks = []
-    for rows in torch.arange(len(embeddings)).split(block_size):
+    for rows in queries.split(block_size):
         distances = torch.cdist(embeddings[rows], embeddings)  # (B, N)
         distances[torch.arange(len(rows)), rows] = torch.inf
+        distances[:, ~gallery] = torch.inf
         is_other = labels[rows, None] != labels
         nearest = distances.masked_fill(is_other, torch.inf).amin(1, keepdim=True)
         places = 1 + (distances < nearest).sum(1)

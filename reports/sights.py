@@ -79,8 +79,7 @@ def look(run: Run, options: Namespace, map_points: int) -> Sights | None:
         return None
     names = [Path(path).name for path, _ in listed]
     labels = torch.from_numpy(test.labels)
-    k = min(options.neighbors, len(test) - 1)
-    squares, nearest = nearest_neighbors(embeddings, k, memory_mb=options.eval_memory_mb)
+    queries, squares, nearest = search(embeddings, test, options)
     n_clusters = min(len(test.classes), MOST_NMI_CLASSES)
     if not test.labeled:
         n_clusters = min(run.model.n_cluster, max(2, len(test) // FEWEST_IN_CLUSTER))
@@ -90,12 +89,31 @@ def look(run: Run, options: Namespace, map_points: int) -> Sights | None:
         classes=[name for _, name in listed],
         distances=squares.sqrt(),
         nearest=nearest,
-        drawn=_draw(len(test), options.queries, options.seed).tolist(),
-        worst=_worst(embeddings, labels, options),
+        drawn=queries[_draw(len(queries), options.queries, options.seed)].tolist(),
+        worst=_worst(embeddings, test, queries, options),
         clusters=findings.clusters(embeddings, labels, n_clusters, options.clusters, options.seed),
         map=findings.map_places(embeddings, _draw(len(test), map_points, options.seed)),
         reconstructions=_reconstruct(run, options),
     )
+
+
+def search(embeddings: Tensor, test: Split, options: Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows that are queries (Q,), and of all images squared distances (N, k) and rows
+    (N, k) of the nearest other ones. Queries of a gallery search that alone.
+    """
+    memory_mb = options.eval_memory_mb
+    k = min(options.neighbors, len(test) - 1)
+    if test.roles is None:
+        found = nearest_neighbors(embeddings, k, memory_mb=memory_mb)
+        return torch.arange(len(test)), *found
+    is_query = torch.from_numpy(test.is_query)
+    k = min(k, int((~is_query).sum()))
+    squares, nearest = nearest_neighbors(embeddings, k, memory_mb=memory_mb)
+    asking, asked = embeddings[is_query], embeddings[~is_query]
+    found = nearest_neighbors(asked, k, queries=asking, memory_mb=memory_mb)
+    squares[is_query] = found[0]
+    nearest[is_query] = (~is_query).nonzero().flatten()[found[1]]
+    return is_query.nonzero().flatten(), squares, nearest
 
 
 def _draw(count: int, most: int, seed: int) -> np.ndarray:
@@ -103,11 +121,20 @@ def _draw(count: int, most: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)[:most]
 
 
-def _worst(embeddings: Tensor, labels: Tensor, options: Namespace) -> list[tuple[int, int]]:
+def _worst(
+    embeddings: Tensor, test: Split, queries: Tensor, options: Namespace
+) -> list[tuple[int, int]]:
     """Return the queries whose class comes last, and its rank; none that finds its class first."""
-    ranks = findings.first_hit_ranks(embeddings, labels, options.eval_memory_mb)
-    worst = ranks.argsort(descending=True, stable=True)[: options.queries].tolist()
-    return [(row, int(ranks[row])) for row in worst if ranks[row] > 1]
+    labels = torch.from_numpy(test.labels)
+    is_searched = torch.ones(len(test), dtype=torch.bool)
+    if test.roles is not None:
+        is_searched[queries] = False
+    ranks = findings.first_hit_ranks(
+        embeddings, labels, queries, is_searched, options.eval_memory_mb
+    )
+    worst = ranks.argsort(descending=True, stable=True)[: options.queries]
+    pairs = zip(queries[worst].tolist(), ranks[worst].tolist(), strict=True)
+    return [(row, rank) for row, rank in pairs if rank > 1]
 
 
 def _reconstruct(run: Run, options: Namespace) -> list[findings.Reconstruction]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from scripts import failed, run_in_process
 from synthetic import write_dataset
 from torch.nn import functional as F
 
+from datasets.arrays import Split
 from models import build_model
-from reports import findings
+from reports import findings, sights
 from reports.curves import charts
 from utils.tables import CSV_FORMAT
 
@@ -184,17 +187,36 @@ def test_mistakes_are_one_line(reported, tmp_path, argv, words):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ranks_are_the_literal_ones():
+@pytest.mark.parametrize("n_queries", [40, 15])
+def test_ranks_are_the_literal_ones(n_queries):
+    """All images search all others, or some search the rest."""
     generator = torch.Generator().manual_seed(0)
     embeddings = F.normalize(torch.randn(40, 6, generator=generator), dim=1)
     labels = torch.randint(0, 5, (40,), generator=generator)
     labels[7] = 99  # alone in its class: no failure of the network
-    ranks = findings.first_hit_ranks(embeddings, labels, memory_mb=0.005)
+    queries = torch.arange(n_queries)
+    gallery = torch.arange(40) >= n_queries % 40
+    ranks = findings.first_hit_ranks(embeddings, labels, queries, gallery, memory_mb=0.005)
     distances = torch.cdist(embeddings.double(), embeddings.double()).fill_diagonal_(torch.inf)
-    for query, order in enumerate(distances.argsort(1)):
-        hits = (labels[order[:-1]] == labels[query]).nonzero()
+    distances[:, ~gallery] = torch.inf
+    n_others = int(gallery.sum()) - (n_queries == 40)
+    for query, order in enumerate(distances[queries].argsort(1)):
+        hits = (labels[order[:n_others]] == labels[query]).nonzero()
         expected = int(hits[0]) + 1 if query != 7 else 0
         assert ranks[query] == expected
+
+
+def test_queries_search_the_gallery_alone():
+    embeddings = torch.tensor([[0.0], [1.0], [2.0], [5.0], [6.0]])
+    numbers = np.arange(5)
+    roles = np.array([0, 0, 1, 1, 1])
+    half = Split(np.zeros((5, 8, 8, 3), np.uint8), numbers, Path(), numbers, roles)
+    options = Namespace(neighbors=9, eval_memory_mb=1)
+    queries, squares, nearest = sights.search(embeddings, half, options)
+    assert queries.tolist() == [0, 1]
+    assert nearest.tolist()[:2] == [[2, 3, 4], [2, 3, 4]]
+    assert nearest[2:, 0].tolist() == [1, 4, 3]
+    torch.testing.assert_close(squares[1], torch.tensor([1.0, 16.0, 25.0]))
 
 
 def test_clusters_have_their_sizes_and_purity():
