@@ -120,12 +120,7 @@ def make_parser(method: str) -> Parser:
     )
     options.add_flip_eval(group, False)
     add("--nmi", type=name_of(("auto", "on", "off")), default="auto", help="auto: to 1000 classes")
-    add(
-        "--val_classes",
-        type=whole(0),
-        default=0,
-        help="last classes to hold out; they choose best.pth",
-    )
+    add("--val_classes", type=whole(0), default=0, help="last classes, held out for best.pth")
     add = parser.add_argument_group("run").add_argument
     add("--model_name", type=folder_name, help="name of the run (default: CBSwR_<DATASET>)")
     add("--checkpoint_dir", type=path_name, default="new_checkpoint", help="where runs are")
@@ -138,12 +133,8 @@ def make_parser(method: str) -> Parser:
     options.add_precision(group)
     add = group.add_argument
     add("--deterministic", action="store_true", help="the same bits each time on a GPU, slower")
-    add(
-        "--data_on",
-        type=name_of(("auto", "device", "host")),
-        default="auto",
-        help="where images lie",
-    )
+    places = name_of(("auto", "device", "host"))
+    add("--data_on", type=places, default="auto", help="where images lie")
     add_method_options(parser, method)
     return parser
 
