@@ -388,7 +388,8 @@ def train_epoch(job: Job, epoch: int) -> dict:
         for group in job.optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(args, step, len(plan))
         inputs = job.model.normalization(views.to(job.device, non_blocking=True))
-        losses = job.training_step(inputs, index.to(job.device))  # the method's, see methods/
+        index = index.to(job.device, non_blocking=True)
+        losses = job.training_step(inputs, index)  # the method's, see methods/
         job.optimizer.zero_grad()
         losses["loss"].backward()
         job.optimizer.step()

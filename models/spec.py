@@ -42,7 +42,8 @@ class InputNormalization:
 
 
 def _per_channel(values: tuple[float, float, float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, 3, 1, 1)
+    on_host = torch.tensor(values, dtype=like.dtype).view(1, 3, 1, 1)
+    return on_host.to(like.device, non_blocking=True)  # made on a GPU, it would wait for that
 
 
 def _in_255(values: tuple[float, ...]) -> tuple[float, ...]:
