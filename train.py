@@ -254,7 +254,7 @@ class Job:
         n_cluster = getattr(args, "n_cluster", 32)  # of a cluster head that the method may not use
         model = build_model(args.backbone, n_cluster, args.low_dim, weights, self.pooling)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        if args.train_batch_norm:
+        if args.train_batch_norm:  # frozen statistics need no sharing
             network = share_batch_norm(model.base_model, self.processes, self.device)
             self.model.base_model = network
         self.model.train_parts(args.train_stages, args.train_batch_norm)

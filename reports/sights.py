@@ -102,13 +102,12 @@ def search(embeddings: Tensor, test: Split, options: Namespace) -> tuple[Tensor,
     (N, k) of the nearest other ones. Queries of a gallery search that alone.
     """
     memory_mb = options.eval_memory_mb
-    k = min(options.neighbors, len(test) - 1)
-    if test.roles is None:
-        found = nearest_neighbors(embeddings, k, memory_mb=memory_mb)
-        return torch.arange(len(test)), *found
-    is_query = torch.from_numpy(test.is_query)
-    k = min(k, int((~is_query).sum()))
+    n_searched = len(test) - 1 if test.roles is None else int((~test.is_query).sum())
+    k = min(options.neighbors, n_searched)
     squares, nearest = nearest_neighbors(embeddings, k, memory_mb=memory_mb)
+    if test.roles is None:
+        return torch.arange(len(test)), squares, nearest
+    is_query = torch.from_numpy(test.is_query)
     asking, asked = embeddings[is_query], embeddings[~is_query]
     found = nearest_neighbors(asked, k, queries=asking, memory_mb=memory_mb)
     squares[is_query] = found[0]
