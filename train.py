@@ -54,6 +54,7 @@ from utils.runs import RunFolder, State, check_finite
 from utils.schedules import SCHEDULES, learning_rate
 from utils.signals import Stopped, StopRequest
 
+MOST_TRAINED = 0.45  # power of whitening before training: less of it makes better pseudo-labels
 CHECK_EVERY = 20  # steps between looks at the loss, for which a GPU has to wait
 REFUSED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -300,8 +301,13 @@ class Job:
 
     def fit_start(self) -> None:
         """Give the embedding head the closed form that it starts from, unless that is random."""
-        if self.args.head_init != "random":
-            self.fit_head(self.args.head_init, self.args.whiten_power)
+        args = self.args
+        if args.head_init == "random":
+            return
+        power = args.whiten_power
+        if args.n_epoch and args.refit_head == "auto":
+            power = min(power, MOST_TRAINED)
+        self.fit_head(args.head_init, power)
 
     def refit_head(self) -> None:
         """Give the embedding head its closed form again, for the network as it is now."""

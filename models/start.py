@@ -25,7 +25,6 @@ ALIGNED = 0.95  # share of stripes that find their like at the same height
 MOST_ALIKE = 2  # similar images that a stripe is looked for in; one may be a copy
 MOST_COMPARED = 5000  # images whose stripes are compared
 POWERS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
-MOST_TRAINED = 0.45  # power in training, where less whitening makes better pseudo-labels
 AS_GOOD = 0.98  # of the highest score; R@1 of aligned images peaks at more whitening than the score
 FEWEST = 100  # images that can judge heads; fewer keep the frozen features
 FEWEST_ALIGNED = 50  # the same, where images are aligned and more can be gained

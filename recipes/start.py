@@ -14,7 +14,6 @@ from models import CBSwR, Pooling, build_model, pooled_channels, pooled_width
 from models.start import (
     ALIGNED,
     FEWEST_ALIGNED,
-    MOST_TRAINED,
     Head,
     aligned_share,
     best_of,
@@ -73,9 +72,6 @@ class StartChooser:
         args.head_init = best.kind
         args.whiten_power = best.power
         remarks += [remark, f"the start is {best.name} with stripes {args.stripes}"]
-        if args.n_epoch and args.refit_head == "auto" and best.power > MOST_TRAINED:
-            args.whiten_power = MOST_TRAINED  # less whitened embeddings make better clusters
-            remarks.append(f"it is trained from whiten {MOST_TRAINED:g}")
         return pooled[number], remarks
 
     def candidates(self) -> list[Pooling]:

@@ -11,7 +11,7 @@ import torch
 from synthetic import write_dataset, write_split
 from tensors import noise
 from torch.nn import functional as F
-from training import assert_same, resumed, stopped, trained
+from training import assert_same, resumed, same_weights, stopped, trained
 
 from datasets.arrays import load_split
 from datasets.views import part_crops
@@ -158,8 +158,8 @@ def test_the_recipe_keeps_its_choice(tmp_path, monkeypatch, least, stripes):
     assert len(measures) == 3 and len(heads) == 4  # the start; before and after each epoch
     assert all(float(head.partition(" ")[2] or 0) <= 0.45 for head in heads[::2])
     start_head = re.search(r"the start is (.*) with stripes", log)[1]
-    trained_power = min(0.45, float(start_head.removeprefix("whiten ").replace(FROZEN, "0")))
-    assert config["whiten_power"] == trained_power
+    start_power = float(start_head.removeprefix("whiten ").replace(FROZEN, "0"))
+    assert config["whiten_power"] == start_power
     for measure, head in zip(measures, [start_head, *heads[1::2]], strict=True):
         scores = {text[:-6]: float(text[-5:]) for text in measure.split(", ")}
         assert len(scores) == 9
@@ -167,6 +167,18 @@ def test_the_recipe_keeps_its_choice(tmp_path, monkeypatch, least, stripes):
         assert scores[head.replace("svd", FROZEN)] >= least
     again = stopped(tmp_path / "data", tmp_path / "stopped", 20, n_epoch=2, **SETTINGS)
     assert_same(resumed(again), run)
+
+
+def test_training_begins_with_less_whitening(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes_start, "best_of", lambda heads, is_aligned: heads[-1])
+    write_dataset(tmp_path / "data", count=120)
+    run = trained(tmp_path / "data", tmp_path / "whole", n_epoch=1, **SETTINGS)
+    begun = trained(tmp_path / "data", tmp_path / "start", n_epoch=0, **SETTINGS)
+    begun = resumed(begun.run, "--n_epoch=1")
+    log = (begun.run / f"{begun.run.name}.log").read_text()
+    heads = re.findall(r"head by whiten (.*) of the features", log)
+    assert heads == ["1", "0.45", "1"]  # the start, and before and after the epoch
+    assert same_weights(begun, run)
 
 
 def test_a_kind_of_head_that_is_given_stays(tmp_path):
