@@ -136,7 +136,9 @@ def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
     texts += ["far from all"] * len(starts)
     write_files(args, file, ("path", "cluster", "distance", "rank"), table, groups, tiles, texts)
     sizes = [len(group) for group in groups]
-    print(f"{args.out}: {len(rows)} images in {k} clusters of {min(sizes)} to {max(sizes)}")
+    print(
+        f"{args.out}: {len(rows)} images in {len(groups)} clusters of {min(sizes)} to {max(sizes)}"
+    )
     print_agreement(file, clusters)
 
 

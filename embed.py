@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import utils.threads  # noqa: F401
@@ -23,16 +22,9 @@ from models import BACKBONES, Pooling, check_crop_size
 from models.export import export_onnx
 from utils.devices import choose_device, memory_faults
 from utils.distributed import Processes, joined
-from utils.embedding_writer import (
-    EmbeddingWriter,
-    remove_embeddings,
-    shard_of,
-    shards_there,
-    take_back,
-)
-from utils.embeddings import count_equal
+from utils.embedding_store import EmbeddingStore
+from utils.embeddings import count_equal, open_embeddings
 from utils.errors import UserError, run_script
-from utils.files import Lock
 from utils.options import (
     LARGEST_SEED,
     Parser,
@@ -118,7 +110,7 @@ def make_parser() -> Parser:
         "same command goes on",
     )
     add("--half", action="store_true", help="float16 instead of float32")
-    add("--overwrite", action="store_true", help="begin anew if a file of that name is there")
+    add("--overwrite", action="store_true", help="replace a file of that name, whatever it is of")
     text = "embed part I of N alone, from 1; when all are done, the command without it joins them"
     add("--shard", type=shard_number, metavar="I/N", help=text)
     add_precision(add_machine(parser, neighbors=False, workers=usable_cores()))
@@ -187,123 +179,99 @@ def export(args: argparse.Namespace) -> None:
 
 def embed(args: argparse.Namespace, stop: StopRequest, processes: Processes) -> None:
     """Embed all images; or a shard of them; or, of several processes, each its shard, then join."""
+    out = Path(args.out)
     with stop.at_once():
         paths = without_links(find_images(Path(args.images))) if args.images else []
         embedder = load_embedder(args, choose_device(args.device, processes))
         source = open_source(args, paths, embedder.image_size)
         check_crop_size(embedder.model.backbone_name, crop_size(source.image_size))
+        facts = embedder.facts | embedder.location | source.facts()
+        facts["folder"] = os.path.abspath(args.images) if args.images else None
+        facts["dtype"] = "float16" if args.half else "float32"
     shard = args.shard or (processes.share if processes.count > 1 else None)
     if shard:
-        embed_shard(args, embedder, source, shard, stop)
-        processes.wait()  # until all shards are done
-    if args.shard is None and processes.is_first:
-        embed_rest(args, embedder, source, stop)
+        part = source.part(*shard, args.test_batch)
+        with EmbeddingStore(out, facts, args.overwrite, is_shared=True) as store:
+            collect(args, embedder, part, store, stop)
+        print(f"{out}: shard {shard[0] + 1} of {shard[1]}: {len(part)} images are embedded")
+        processes.wait()
+    if args.shard or not processes.is_first:
+        return
+    with EmbeddingStore(out, facts, args.overwrite) as store:
+        if store.is_complete:
+            print(f"{out}: is complete already, {len(store.earlier.rows)} rows")
+            return
+        collect(args, embedder, source, store, stop)
+        join(args, embedder, source, store, stop)
 
 
-def embed_shard(
-    args: argparse.Namespace,
-    embedder: Embedder,
-    source: FileSource,
-    shard: tuple[int, int],
-    stop: StopRequest,
-) -> None:
-    """Embed a part of the images to a file of its own, which lasts until all parts are joined."""
-    out = Path(args.out)
-    file = shard_of(out, *shard)
-    others = [] if args.overwrite else [out, *shards_there(out)]
-    others = [other for other in others if other != file]
-    write(args, embedder, source.part(*shard, args.test_batch), file, others, stop)
-
-
-def embed_rest(
-    args: argparse.Namespace, embedder: Embedder, source: FileSource, stop: StopRequest
-) -> None:
-    """Join the shards that are there, embed what they lack, and remove them."""
-    out = Path(args.out)
-    shards = shards_there(out)
-    with ExitStack() as locks:
-        for file in shards:
-            locks.callback(Lock(file).release)
-            take_back(file)
-        is_new = write(args, embedder, source, out, shards, stop)
-        for file in shards:
-            remove_embeddings(file)
-    if is_new:
-        rows = np.load(out, mmap_mode="r")
-        warn_of_equal(count_equal(rows), len(rows), "embedding")
-
-
-def write(
+def collect(
     args: argparse.Namespace,
     embedder: Embedder,
     source: FileSource | ArraySource,
-    out: Path,
-    others: Sequence[Path],
+    store: EmbeddingStore,
     stop: StopRequest,
-) -> bool:
-    """Embed the images of a source that no file has yet, in batches that are appended to `out`.
+) -> None:
+    """Embed the images of a source that have no row yet, and keep their rows."""
+    source.known = store.known()
+    if len(source.known):
+        print(f"{store.file}: goes on; {len(source.known)} images have a row already")
+    for crops, rows in embedded(args, embedder, source, "embedding"):
+        if not crops.is_unchanged:
+            store.add(rows, crops.listed)
+        stop.check()
 
-    others: files of other names that may have some of the rows. Returns False if all was there.
-    """
-    is_shard = out != Path(args.out)
-    with stop.at_once():
-        facts = embedder.facts | embedder.location | source.facts()
-        facts["dtype"] = "float16" if args.half else "float32"
-        if is_shard:
-            writer = shard_writer(out, facts, others, args.overwrite)
-        else:
-            writer = EmbeddingWriter(out, facts, args.overwrite, source.shares_images, others)
-    if writer.complete:
-        print(f"{out}: is complete already, {writer.rows} rows")
-        return False
-    if writer.images:
-        print(f"{out}: going on after {writer.images} of {len(source)} images")
-    source.earlier_rows = writer.earlier_rows
-    batches = batches_of(source, args.test_batch, writer.images)
-    with closing(writer):
-        for crops in progress(batches, "embedding"):
-            if not args.skip_bad:
-                refuse_unreadable(crops)
-            writer.add(
-                crops.rows(embedder.embed_crops, embedder.dimension), crops.listed, crops.unreadable
-            )
+
+def join(
+    args: argparse.Namespace,
+    embedder: Embedder,
+    source: FileSource | ArraySource,
+    store: EmbeddingStore,
+    stop: StopRequest,
+) -> None:
+    """Write the rows of all images, in order, to the file; what changed meanwhile is embedded."""
+    store.save()
+    source.known = store.known()
+
+    def batches() -> Iterator[tuple[np.ndarray, list, list]]:
+        for crops, rows in embedded(args, embedder, source, "joining"):
+            yield rows, crops.listed, crops.unreadable
             stop.check()
-        if writer.rows == 0 and not is_shard:
-            writer.discard()
-            raise UserError(f"{args.images}: none of its images can be read")
-        changes = writer.finish()
+
+    changes = store.join(batches())
     if changes:
-        print(f"{out}: {changes}")
+        print(f"{store.file}: {changes}")
+    file = open_embeddings(store.file)
     print(
-        f"{out}: {writer.rows} rows of {embedder.dimension}, {facts['dtype']}, "
-        f"{embedder.features} of {facts['backbone']} at {source.image_size} px"
+        f"{store.file}: {len(file.rows)} rows of {embedder.dimension}, {file.facts['dtype']}, "
+        f"{embedder.features} of {file.facts['backbone']} at {source.image_size} px"
     )
-    if writer.unreadable:
-        print(f"{len(writer.unreadable)} unreadable images are left out, see the .json")
-    return True
+    if file.facts["unreadable"]:
+        print(f"{len(file.facts['unreadable'])} unreadable images are left out, see the .json")
+    warn_of_equal(count_equal(file.rows), len(file.rows), "embedding")
 
 
-def shard_writer(
-    file: Path, facts: dict, others: Sequence[Path], overwrite: bool
-) -> EmbeddingWriter:
-    """Open a shard, go on with it, or overwrite one of another network."""
-    try:
-        return EmbeddingWriter(file, facts, others=others)
-    except UserError:
-        if not overwrite:
-            raise
-    return EmbeddingWriter(file, facts, True, others=others)
+def embedded(
+    args: argparse.Namespace, embedder: Embedder, source: FileSource | ArraySource, title: str
+) -> Iterator[tuple[ImageBatch, np.ndarray]]:
+    """Iterate the batches of a source with their rows (b, D), known or new."""
+    for crops in progress(batches_of(source, args.test_batch), title):
+        if not args.skip_bad:
+            refuse_unreadable(crops)
+        yield crops, crops.rows(embedder.embed_crops, embedder.dimension)
 
 
 def open_source(
     args: argparse.Namespace, paths: Sequence[Path], image_size: int
 ) -> FileSource | ArraySource:
-    """Open the images: files, which are squashed to `image_size`, or those of a data set."""
+    """Open the images: files, which are squashed to `image_size`, or those of a data set, of that
+    size or, for a frozen backbone, of the size that there is.
+    """
     if paths:
         return FileSource(paths, image_size, args.workers)
     names = SPLITS[1:] if args.split == "all" else [args.split]
     splits = []
-    size = args.image_size
+    size = image_size if args.checkpoint_path else args.image_size
     for name in names:
         splits.append(load_split(args.data_dir, args.dataset, name, size))
         size = splits[0].image_size

@@ -30,6 +30,7 @@ from utils.devices import choose_device
 from utils.errors import UserError
 from utils.features import extract_features
 from utils.options import nearest_hint
+from utils.runs import find_checkpoint
 
 BATCH = 100  # images that are decoded and embedded at once
 Picture = Image.Image | str | os.PathLike | bytes | np.ndarray | Tensor
@@ -75,7 +76,7 @@ class Embedder:
         checkpoint, backbone = source, None
         if source in BACKBONES or source.startswith(TIMM_PREFIX):
             checkpoint, backbone = None, source
-        elif not os.path.exists(source):
+        elif not find_checkpoint(source).is_file():
             hint = nearest_hint(source, BACKBONES)
             raise UserError(f"{source}: no such file or run, and no backbone{hint}")
         if isinstance(device, str):

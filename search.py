@@ -137,7 +137,7 @@ def embed_queries(
     source = FileSource(
         query_paths(args.query, args.skip_bad), file.facts["image_size"], args.workers
     )
-    source.earlier_rows = KnownRows([file])
+    source.known = KnownRows([file])
     embedder = None
     queries = []
     parts = []

@@ -60,7 +60,7 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("data, scores and output")
     add = group.add_argument
     add("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
-    add("--image_size", type=whole(8), help="which pre-processed size, if there are several")
+    add("--image_size", type=whole(8), help="which pre-processed size (default: as trained)")
     add("--nmi", type=name_of(("on", "off")), default="on", help="off: leave out NMI and AMI")
     add("--nmi_engine", type=name_of(ENGINES), default="auto", help="of its k-means")
     add("--seed", type=whole(0, LARGEST_SEED), default=0, help="of k-means and random weights")
@@ -99,14 +99,15 @@ def main(argv: list[str] | None = None) -> int:
 def test(args: argparse.Namespace, processes: Processes) -> None:
     """Embed the test half, each process a part of it, and score it in the first process."""
     device = choose_device(args.device, processes)
-    split = load_split(args.data_dir, args.dataset, "validation", args.image_size)
-    check_split(args, split)
-    processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
     torch.manual_seed(args.seed)
     pooling = Pooling.parse(args.layers, args.pool, False, args.stripes)
     model, about = load_network(
         device, args.checkpoint_path, args.backbone, args.weights, pooling, args.dim
     )
+    size = args.image_size or about.get("image_size")
+    split = load_split(args.data_dir, args.dataset, "validation", size)
+    check_split(args, split)
+    processes.check_same({"--test_batch": args.test_batch, "test images": split.images.shape})
     check_crop_size(model.backbone_name, crop_size(split.image_size))
     flip = about["flip_eval"] if args.flip_eval is None else args.flip_eval
     batches = center_crops(split, args.test_batch, args.workers, processes.share)
@@ -182,7 +183,8 @@ def print_result(args: argparse.Namespace, result: dict) -> None:
     if result["classes"] is None:
         print(f"{result['dataset']}: {images} without labels: no scores")
         return
-    print(f"{result['dataset']}: {images} of {result['classes']} unseen classes")
+    px = result["image_size"]
+    print(f"{result['dataset']}, {px} px: {images} of {result['classes']} unseen classes")
     more = {"MAP@R": "map@r", "R-precision": "r_precision", "AMI": "ami"}
     for line in (recall_titles(result) | {"NMI": "nmi"}, more):
         shown = [

@@ -29,7 +29,7 @@ from benchmarks import paired
 from embedder import Embedder
 from methods import METHODS, Method
 from models import CBSwR
-from utils.embedding_writer import EmbeddingWriter
+from utils.embedding_store import EmbeddingStore
 from utils.errors import run_script
 from utils.runs import RunFolder
 
@@ -117,7 +117,7 @@ def replacements(script: ModuleType, clock: Clock) -> Iterator[tuple[object, str
     yield timed(Method, "cluster", "k-means")
     yield timed(RunFolder, "save", "checkpoint")
     yield timed(Embedder, "embed_crops", "features, network")
-    yield timed(EmbeddingWriter, "add", "writing")
+    yield timed(EmbeddingStore, "_write", "writing")
 
 
 def load(script: str) -> ModuleType:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,43 +22,51 @@ from utils.embeddings import KnownRows
 from utils.read_ahead import ReadAhead
 from utils.tables import CSV_FORMAT
 
-LEAST_SHARED = 0.25  # of known rows, or else a folder is another one
-FILES_THAT_TELL = 20  # whether a folder is one that was embedded under another name
-
 
 @dataclass(frozen=True)
 class ImageBatch:
     """The center crops of a batch of images.
 
     Attributes:
-        pixels: uint8 RGB (b, crop, crop, 3), of the readable images that have no earlier row.
-        listed: path, class, size in bytes, time of change in ns and SHA-256 of each image that
-            has a row; of a row of an array path and class alone.
-        earlier: the row of each of these that an earlier file has; None: its crop is among the
-            pixels.
+        pixels: uint8 RGB (b, crop, crop, 3), of the readable images that have no known row.
+        listed: path, class, size in bytes, time of change in ns and SHA-256 of each readable
+            image; of a row of an array path and class alone.
+        known: the known row of each of these; None: its crop is among the pixels.
         unreadable: path and reason of each image that cannot be read.
+        is_unchanged: whether all images are known by their paths.
     """
 
     pixels: Tensor
     listed: list[tuple[str, str, int | str, int | str, str]]
-    earlier: list[np.ndarray | None]
+    known: list[np.ndarray | None]
     unreadable: list[tuple[str, str]]
+    is_unchanged: bool
 
     def rows(self, embed: Callable[[Tensor], np.ndarray] | None, dimension: int) -> np.ndarray:
-        """Return all rows (b, D): earlier ones, and those that `embed` makes of pixels."""
+        """Return all rows (b, D): known ones, and those that `embed` makes of pixels."""
         rows = np.empty((len(self.listed), dimension), np.float32)
-        is_new = np.array([row is None for row in self.earlier], bool)
+        is_new = np.array([row is None for row in self.known], bool)
         if is_new.any():
             rows[is_new] = embed(self.pixels)
         for number in np.flatnonzero(~is_new):
-            rows[number] = self.earlier[number]
+            rows[number] = self.known[number]
         return rows
+
+
+class _Image(NamedTuple):
+    """What is read of an image file: `listed` and a row or pixels, or why it cannot be read."""
+
+    listed: tuple = ()
+    row: np.ndarray | None = None
+    square: np.ndarray | None = None
+    is_unchanged: bool = False
+    fault: str = ""
 
 
 class FileSource:
     """Image files, squashed to squares of `image_size` pixels as pre-processing does it.
 
-    earlier_rows: rows that need no crop, if set.
+    known: rows of images that need no crop.
     """
 
     def __init__(
@@ -70,7 +79,7 @@ class FileSource:
         self.paths = [os.path.abspath(path) for path in paths]
         self.image_size = image_size
         self.workers = max(1, workers)
-        self.earlier_rows: KnownRows | None = None
+        self.known = KnownRows([])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -85,23 +94,19 @@ class FileSource:
 
     def crops(self, start: int, stop: int) -> ImageBatch:
         """Read the images from number `start` to before `stop`."""
-        squares = []
-        listed = []
-        earlier = []
-        unreadable = []
         paths = self.paths[start:stop]
         with ThreadPoolExecutor(self.workers) as pool:
-            images = zip(paths, pool.map(self._read, paths), strict=True)
-            for path, (columns, row, square) in images:
-                if isinstance(square, str):
-                    unreadable.append((path, square))
-                    continue
-                listed.append((path, "", *columns))
-                earlier.append(row)
-                if row is None:
-                    squares.append(square)
+            images = list(pool.map(self._read, paths))
+        readable = [image for image in images if not image.fault]
+        squares = [image.square for image in readable if image.row is None]
         pixels = np.array(squares, np.uint8).reshape(-1, self.image_size, self.image_size, 3)
-        return ImageBatch(torch.from_numpy(center_crop(pixels)), listed, earlier, unreadable)
+        return ImageBatch(
+            pixels=torch.from_numpy(center_crop(pixels)),
+            listed=[image.listed for image in readable],
+            known=[image.row for image in readable],
+            unreadable=[(p, i.fault) for p, i in zip(paths, images, strict=True) if i.fault],
+            is_unchanged=all(image.is_unchanged for image in readable),
+        )
 
     def part(self, number: int, count: int, batch_size: int) -> FileSource:
         """Return every `count`-th batch, from batch `number` on, as a source of its own."""
@@ -109,36 +114,20 @@ class FileSource:
         paths = [path for start in starts for path in self.paths[start : start + batch_size]]
         return FileSource(paths, self.image_size, self.workers)
 
-    def shares_images(self, earlier_rows: KnownRows) -> bool:
-        """Return whether a quarter of the known rows, or more, are of these images.
-
-        How many of the others are renamed is told by the content of a few that have a known size.
-        """
-        least = earlier_rows.count_paths() * LEAST_SHARED
-        others = [path for path in self.paths if path not in earlier_rows]
-        n_same = len(self) - len(others)
-        if n_same >= least:
-            return True
-        of_size = [p for p in others if str(os.path.getsize(p)) in earlier_rows.sizes]
-        contents = list(map(file_hash, of_size[:FILES_THAT_TELL]))
-        n_renamed = sum(earlier_rows.of_content(sha256) is not None for sha256 in contents)
-        return n_same + n_renamed * len(of_size) / max(1, len(contents)) >= least
-
-    def _read(self, path: str) -> tuple[tuple, np.ndarray | None, np.ndarray | str | None]:
-        """Return columns, known row and pixels of an image, or a text why it cannot be read."""
+    def _read(self, path: str) -> _Image:
         try:
             entry = os.stat(path)
-            columns = (entry.st_size, entry.st_mtime_ns)
-            same = self.earlier_rows.unchanged(path, entry) if self.earlier_rows else None
+            columns = (path, "", entry.st_size, entry.st_mtime_ns)
+            same = self.known.unchanged(path, entry.st_size, entry.st_mtime_ns)
             if same:
-                return (*columns, same[0]), same[1], None
+                return _Image((*columns, same[0]), same[1], is_unchanged=True)
             content = Path(path).read_bytes()
             sha256 = hashlib.sha256(content).hexdigest()
-            row = self.earlier_rows.of_content(sha256) if self.earlier_rows else None
-            square = None if row is not None else decode_image(content, self.image_size)
+            row = self.known.of_content(sha256)
+            square = decode_image(content, self.image_size) if row is None else None
         except (OSError, UnreadableError) as error:
-            return (), None, getattr(error, "strerror", None) or str(error)
-        return (*columns, sha256), row, square
+            return _Image(fault=getattr(error, "strerror", None) or str(error))
+        return _Image((*columns, sha256), row, square)
 
 
 class ArraySource:
@@ -146,7 +135,7 @@ class ArraySource:
 
     def __init__(self, splits: Sequence[Split]) -> None:
         self.splits = splits
-        self.earlier_rows: KnownRows | None = None  # of whole data sets no row is taken over
+        self.known = KnownRows([])
         self.image_size = splits[0].image_size
         self.listed = [(*row, "", "", "") for split in splits for row in listed_paths(split)]
 
@@ -155,40 +144,31 @@ class ArraySource:
 
     def facts(self) -> dict:
         """Return size, number and fingerprint, of the pixels."""
-        return _facts(self, "; ".join(split.fingerprint()["images"] for split in self.splits))
+        pixels = "; ".join(split.fingerprint()["images"] for split in self.splits)
+        return _facts(self, pixels) | {"pixels": pixels}  # rows of other pixels are never known
 
     def crops(self, start: int, stop: int) -> ImageBatch:
         """Read the images from number `start` to before `stop`; they may lie in two splits."""
+        listed = self.listed[start:stop]
+        same = [self.known.unchanged(path) for path, *_ in listed]
+        known = [row and row[1] for row in same]
         parts = []
         first = 0
         for split in self.splits:
             rows = split.rows[max(0, start - first) : max(0, stop - first)]
             parts.append(center_crop(split.images)[rows])
             first += len(split)
-        listed = self.listed[start:stop]
-        pixels = torch.from_numpy(np.concatenate(parts))
-        return ImageBatch(pixels, listed, [None] * len(listed), [])
-
-    def shares_images(self, earlier_rows: KnownRows) -> bool:
-        """Return whether some of the images are listed among known rows."""
-        return any(row[0] in earlier_rows for row in self.listed)
-
-
-def file_hash(path: str) -> str:
-    """Return the SHA-256 of a file, "" if it cannot be read."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
-        return ""
+        pixels = np.concatenate(parts)[[row is None for row in known]]
+        return ImageBatch(torch.from_numpy(pixels), listed, known, [], None not in same)
 
 
 def _facts(source: FileSource | ArraySource, fingerprint: str) -> dict:
     return {"image_size": source.image_size, "images": len(source), "source": fingerprint}
 
 
-def batches_of(source: FileSource | ArraySource, batch_size: int, first: int = 0) -> ReadAhead:
-    """Iterate crops (`ImageBatch`) from image number `first` on, in order, one batch ahead."""
-    starts = range(first, len(source), batch_size)
+def batches_of(source: FileSource | ArraySource, batch_size: int) -> ReadAhead:
+    """Iterate crops (`ImageBatch`) in order, one batch ahead."""
+    starts = range(0, len(source), batch_size)
     return ReadAhead(lambda start: source.crops(start, start + batch_size), starts, workers=1)
 
 

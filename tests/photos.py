@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from models import build_model
+from utils.embedding_store import EmbeddingStore
 
 CLASSES = ("cat", "dog", "owl", "rat")
 SIZE = 32  # pixels that photos are squashed to
@@ -41,6 +42,13 @@ def save_network(path: Path, seed: int = 5, **config: object) -> Path:
     }
     torch.save(content, path)
     return path
+
+
+def write_embeddings(file: Path, rows: np.ndarray, listed: list[tuple], **facts: object) -> None:
+    """Write a file of embeddings (N, D), with the columns of each row."""
+    facts |= {"dimension": rows.shape[1], "dtype": str(rows.dtype), "source": "a"}
+    with EmbeddingStore(file, facts) as store:
+        store.join([(rows, listed, [])])
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

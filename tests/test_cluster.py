@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from photos import make_photos, read_table, save_network
+from photos import make_photos, read_table, save_network, write_embeddings
 from PIL import Image, ImageOps
 from scripts import Outcome, failed, run_in_process
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 from utils.clustering import choose_k
 from utils.duplicates import duplicate_groups
-from utils.embedding_writer import EmbeddingWriter
 
 N, CLASSES = 90, 6
 
@@ -35,10 +34,8 @@ def blobs(n_rows: int, n_classes: int, spread: float) -> tuple[np.ndarray, np.nd
 def file(tmp_path) -> Path:
     """Embeddings of images with classes, in blobs that overlap a little."""
     rows, classes = blobs(N, CLASSES, 0.5)
-    writer = EmbeddingWriter(tmp_path / "e.npy", {"dimension": 16, "dtype": "float32"})
     listed = [(f"/photos/{row:02d}.jpg", f"class {c}", "", "", "") for row, c in enumerate(classes)]
-    writer.add(rows, listed)
-    writer.finish()
+    write_embeddings(tmp_path / "e.npy", rows, listed)
     return tmp_path / "e.npy"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,13 @@ from PIL import Image
 from scripts import ROOT, Outcome, failed, run_in_process
 from torch.nn import functional as F
 
-import utils.embedding_writer
+import utils.embedding_store
 from datasets.images import decode_image, find_images
 from embedder import Embedder
 from models import Pooling, build_model, load_checkpoint
-from utils.embedding_writer import EmbeddingWriter
+from utils.embedding_store import EmbeddingStore
 from utils.embeddings import open_embeddings
 from utils.errors import UserError
-from utils.files import write_json
 from utils.signals import Stopped, StopRequest
 
 CROP = slice(2, 30)  # the center of 32 pixels
@@ -60,7 +60,7 @@ def squares(photos: Path) -> np.ndarray:
 def assert_same_files(file: Path, expected: Path) -> None:
     for kind in (".npy", ".csv"):
         assert file.with_suffix(kind).read_bytes() == expected.with_suffix(kind).read_bytes()
-    assert not list(file.parent.glob(f"{file.stem}*.part"))
+    assert not list(file.parent.glob(f"{file.stem}*.part*"))
 
 
 def test_embedding_of_a_folder(photos, checkpoint, tmp_path):
@@ -136,7 +136,7 @@ def test_stopped_it_goes_on_to_the_same_files(photos, checkpoint, tmp_path, monk
 
     def check(self: StopRequest) -> None:
         calls.append(self)
-        if len(calls) == 7:  # two at the ends of both loadings, then one for each batch
+        if len(calls) == 5:  # two at the ends of the loading, then one for each batch
             raise Stopped(2)
 
     with monkeypatch.context() as patch:
@@ -145,7 +145,7 @@ def test_stopped_it_goes_on_to_the_same_files(photos, checkpoint, tmp_path, monk
     assert stopped.code == 130 and "the same command goes on" in stopped.out
     assert not (tmp_path / "e.npy").exists()
     result = embed(*command, "--out", tmp_path / "e.npy")
-    assert result.code == 0 and "going on after 6 of 12 images" in result.out
+    assert result.code == 0 and "goes on; 6 images have a row already" in result.out
     assert_same_files(tmp_path / "e.npy", tmp_path / "whole.npy")
 
 
@@ -156,8 +156,8 @@ def test_killed_it_goes_on_to_the_same_files(photos, checkpoint, tmp_path, save_
     command = ["--images", photos, "--checkpoint_path", checkpoint, "--test_batch", 2]
     assert embed(*command, "--out", tmp_path / "whole.npy").code == 0
     program = f"""
-import os, sys, embed, utils.embedding_writer
-utils.embedding_writer.SAVE_EVERY = {save_every}
+import os, sys, embed, utils.embedding_store
+utils.embedding_store.SAVE_EVERY = {save_every}
 embed.refuse_unreadable = lambda crops: "06.jpg" in crops.listed[0][0] and os.kill(os.getpid(), 9)
 embed.main(sys.argv[1:])
 """
@@ -165,105 +165,132 @@ embed.main(sys.argv[1:])
     argv = [sys.executable, "-c", program, *map(str, command), "--out", out, "--device", "cpu"]
     assert subprocess.run(argv, cwd=ROOT).returncode == -9
     result = embed(*command, "--out", out)
-    assert result.code == 0 and ("going on after 6 of" in result.out) == (save_every == 0)
+    assert result.code == 0 and ("goes on; 6 images" in result.out) == (save_every == 0)
     assert_same_files(out, tmp_path / "whole.npy")
 
 
 def test_full_disk(tmp_path):
     """The message says so, and what was saved before stays, whatever was in the buffers."""
     rows = np.random.default_rng(0).standard_normal((100, 4)).astype(np.float32)
-    listed = [("long name " * 90, *LISTED[1:])] * 100  # the table fills the disk first
-    writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
-    writer.add(rows, listed)
-    writer.close()
+    listed = [(f"{number} long name " * 90, *LISTED[1:]) for number in range(100)]
+    with EmbeddingStore(tmp_path / "e.npy", FACTS) as store:
+        store.add(rows, listed)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
     try:
-        writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
-        with pytest.raises(UserError, match=r"e\.npy: cannot be written .*make room"):
-            for _ in range(10):
-                writer.add(rows, listed)
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)  # there is room again
-        writer.close()
+        message = r"e\.npy: cannot be written .*make room"
+        with (
+            pytest.raises(UserError, match=message),
+            EmbeddingStore(tmp_path / "e.npy", FACTS) as store,
+        ):
+            store.add(rows, listed)
+            store.add(rows, listed)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
-    assert (writer.images, writer.rows) == (100, 100)
-    writer.finish()
-    assert np.array_equal(open_embeddings(tmp_path / "e.npy").rows, rows)
+    with EmbeddingStore(tmp_path / "e.npy", FACTS) as store:
+        known = store.known()
+        assert len(known) == 100
+        found = [known.unchanged(listed[row][0], 1, 2)[1] for row in range(100)]
+    assert np.array_equal(found, rows)
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, writer: EmbeddingWriter, name: str) -> None:
-    """Finish, but end as if killed before the file of this name is written."""
+@pytest.mark.parametrize("number", range(4))
+def test_killed_while_the_file_gets_its_name(tmp_path, monkeypatch, number):
+    """Once all rows are joined, the next start gives them their names."""
+    store = EmbeddingStore(tmp_path / "e.npy", FACTS)
+    store.join([(np.ones((1, 4)), [LISTED], [])])
+    store = EmbeddingStore(tmp_path / "e.npy", FACTS | {"source": "b"})
+    moves = []
 
-    def write(path: Path, content: object) -> None:
-        if path.name == name:
+    def move(source: Path, target: Path) -> None:
+        if len(moves) == number:
             sys.exit("killed")
-        write_json(path, content)
+        moves.append(target)
+        shutil.move(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(utils.embedding_writer, "write_json", write)
+    def publish() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", move)
+            EmbeddingStore._publish(store)
+
+    monkeypatch.setattr(store, "_publish", publish)
+    rows = [(np.zeros((1, 4)), [LISTED], [])]
+    if number < 3:
         with pytest.raises(SystemExit):
-            writer.finish()
-    writer._lock.release()  # as the system does
-
-
-@pytest.mark.parametrize("name", ["e.json", "e.json.part"])
-def test_ended_while_writing(tmp_path, monkeypatch, name):
-    writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
-    writer.add(np.ones((1, 4)), [LISTED])
-    killed_at(monkeypatch, writer, name)
-    with pytest.raises(UserError, match="unfinished"):
-        open_embeddings(tmp_path / "e.npy")
-    writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
-    done = int(name == "e.json")  # which comes after the last number of rows
-    assert (writer.images, writer.rows) == (done, done) and not writer.complete
-    if not done:
-        writer.add(np.ones((1, 4)), [LISTED])
-    writer.finish()
-    assert np.array_equal(open_embeddings(tmp_path / "e.npy").rows, np.ones((1, 4)))
+            store.join(rows)
+        with pytest.raises(UserError, match="unfinished"):
+            open_embeddings(tmp_path / "e.npy")
+    else:
+        store.join(rows)
+    store._lock.release()  # as the system does
+    with EmbeddingStore(tmp_path / "e.npy", FACTS | {"source": "b"}) as again:
+        assert again.is_complete
+    assert np.array_equal(open_embeddings(tmp_path / "e.npy").rows, np.zeros((1, 4)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.csv", "e.json", "e.npy"]
 
 
-def test_ended_while_saving_and_the_folder_changed(tmp_path, monkeypatch):
-    writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
-    writer.add(np.ones((1, 4)), [LISTED])
-    killed_at(monkeypatch, writer, "e.json.part")  # the header has a row more than the facts
-    other = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": "b"})
-    assert other.images == 0 and "a.jpg" not in other.earlier_rows
-    other.close()
+def test_killed_while_a_chunk_is_written(tmp_path, monkeypatch):
+    """A chunk whose facts are missing does not count."""
+
+    def killed(path: Path, content: object) -> None:
+        sys.exit("killed")
+
+    monkeypatch.setattr(utils.embedding_store, "write_json", killed)
+    with pytest.raises(SystemExit), EmbeddingStore(tmp_path / "e.npy", FACTS) as store:
+        store.add(np.ones((1, 4)), [LISTED])
+    monkeypatch.undo()
+    assert len(list((tmp_path / "e.parts").iterdir())) == 2
+    with EmbeddingStore(tmp_path / "e.npy", FACTS) as store:
+        assert len(store.known()) == 0
+        store.join([(np.ones((1, 4)), [LISTED], [])])
+    assert not (tmp_path / "e.parts").exists()
 
 
-def test_the_larger_of_two_unfinished_files_is_kept(tmp_path):
-    for source, count in (("a", 9), ("b", 1), ("c", 0)):
-        writer = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": source})
-        listed = [(f"{source}{number}.jpg", *LISTED[1:]) for number in range(count)]
-        writer.add(np.ones((count, 4)), listed)
-        writer.close()
-    writer = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": "d"})
-    assert all(f"a{number}.jpg" in writer.earlier_rows for number in range(9))
+def test_chunks_of_another_network(tmp_path):
+    with EmbeddingStore(tmp_path / "e.npy", FACTS) as store:
+        store.add(np.ones((1, 4)), [LISTED])
+    other = FACTS | {"dtype": "float16"}
+    message = "dtype was float32 and is float16; choose another name, or overwrite it"
+    with (
+        pytest.raises(UserError, match=message),
+        EmbeddingStore(tmp_path / "e.npy", other) as store,
+    ):
+        store.known()
+    with EmbeddingStore(tmp_path / "e.npy", other, overwrite=True) as store:
+        assert len(store.known()) == 0
+        store.add(np.ones((1, 4)), [LISTED])
+    with EmbeddingStore(tmp_path / "e.npy", other, overwrite=True) as store:
+        assert len(store.known()) == 1  # an interrupted overwriting goes on
 
 
-def test_an_interrupted_overwriting_goes_on(tmp_path):
-    for source in ("a", "b"):
-        writer = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": source}, overwrite=True)
-        assert writer.images == 0
-        writer.add(np.ones((3, 4)), [LISTED] * 3)
-        writer.close()
-    again = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"source": "b"}, overwrite=True)
-    assert again.images == 3
-    again.finish()
-    changed = EmbeddingWriter(tmp_path / "e.npy", FACTS | {"dtype": "float16"}, overwrite=True)
-    assert changed.images == 0 and open_embeddings(tmp_path / "e.npy").facts["rows"] == 3
-    changed.close()
+def test_more_chunks_than_a_process_may_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.embedding_store, "SAVE_EVERY", 0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    names = [f"{number}.jpg" for number in range(120)]
+    with EmbeddingStore(tmp_path / "e.npy", FACTS) as store:
+        for number, name in enumerate(names):
+            store.add(np.full((1, 4), number), [(name, *LISTED[1:])])
+        n_open = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 90, limits[1]))
+        try:
+            known = store.known()
+            rows = [known.unchanged(name, 1, 2)[1][0] for name in names]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert rows == list(range(120))
 
 
 def test_one_writer_at_a_time(tmp_path):
-    writer = EmbeddingWriter(tmp_path / "e.npy", FACTS)
-    with pytest.raises(UserError, match="another process is writing it"):
-        EmbeddingWriter(tmp_path / "e.npy", FACTS)
-    writer.close()
-    EmbeddingWriter(tmp_path / "e.npy", FACTS).close()
+    with EmbeddingStore(tmp_path / "e.npy", FACTS):
+        for is_shared in (True, False):
+            with pytest.raises(UserError, match="another process is writing it"):
+                EmbeddingStore(tmp_path / "e.npy", FACTS, is_shared=is_shared)
+    with EmbeddingStore(tmp_path / "e.npy", FACTS, is_shared=True):
+        EmbeddingStore(tmp_path / "e.npy", FACTS, is_shared=True).close()
+        with pytest.raises(UserError, match="another process is writing it"):
+            EmbeddingStore(tmp_path / "e.npy", FACTS)
+    EmbeddingStore(tmp_path / "e.npy", FACTS).close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_finished_files(photos, checkpoint, tmp_path):
@@ -279,14 +306,14 @@ def test_finished_files(photos, checkpoint, tmp_path):
     failed(embed(*command, other), "network_sha256 was", "overwrite it")
     assert embed(*command, other, "--overwrite").code == 0
     others = make_photos(tmp_path / "others", first=20)
-    failed(embed("--images", others, *command[2:], other), "is of other images", "overwrite it")
+    failed(embed("--images", others, *command[2:], other), "folder was", "overwrite it")
     assert sorted(path.name for path in tmp_path.glob("e.*")) == ["e.csv", "e.json", "e.npy"]
     np.save(tmp_path / "array.npy", np.ones(3))
     with pytest.raises(UserError, match=r"not of embed\.py"):
-        EmbeddingWriter(tmp_path / "array.npy", FACTS)
+        EmbeddingStore(tmp_path / "array.npy", FACTS)
     (tmp_path / "labels.csv").write_text("path,class")
     with pytest.raises(UserError, match=r"labels\.csv: is there, and not of embed\.py"):
-        EmbeddingWriter(tmp_path / "labels.npy", FACTS)
+        EmbeddingStore(tmp_path / "labels.npy", FACTS)
 
 
 def test_unreadable_images(photos, checkpoint, tmp_path):
@@ -303,12 +330,14 @@ def test_unreadable_images(photos, checkpoint, tmp_path):
     assert result.code == 0 and "1 unreadable images are left out" in result.out
     assert "11 kept, 1 gone" in result.out
     assert "1 unreadable images" in embed(*command, "--skip_bad").out  # tried again
-    rows, columns, facts = open_embeddings(out)
-    assert list(columns["path"]) == [str(path) for path in find_images(photos) if path != damaged]
-    assert len(rows) == 11 and facts["unreadable"] == [[str(damaged), "is not an image"]]
+    file = open_embeddings(out)
+    assert list(file.columns["path"]) == [
+        str(path) for path in find_images(photos) if path != damaged
+    ]
+    assert len(file.rows) == 11 and file.facts["unreadable"] == [[str(damaged), "is not an image"]]
     for path in find_images(photos):
         path.write_text("no image")
-    failed(embed(*command, "--skip_bad", "--overwrite"), "none of its images can be read")
+    failed(embed(*command, "--skip_bad", "--overwrite"), "none of the images can be read")
     assert sorted(path.name for path in tmp_path.glob("*e.*")) == ["e.csv", "e.json", "e.npy"]
 
 

@@ -83,7 +83,7 @@ def test_another_folder_with_a_photo_in_common(place):
     assert embed(place).code == 0
     shutil.copy(place / "photos/cat/00.jpg", place / "others/copy.jpg")
     before = (place / "e.npy").read_bytes()
-    failed(embed(place, "e.npy", "others"), "is of other images", script="embed.py")
+    failed(embed(place, "e.npy", "others"), "folder was", "overwrite it", script="embed.py")
     assert (place / "e.npy").read_bytes() == before
     assert embed(place, "e.npy", "others", "--overwrite").code == 0
 
@@ -102,20 +102,12 @@ def test_a_link_to_a_photo_of_the_folder_is_no_photo_more(place, caplog):
 def test_a_folder_that_was_renamed(place, embedded):
     assert embed(place).code == 0
     (place / "photos").rename(place / "album")
+    save_photo(place / "album/a.png", 90, size=(31, 17))
     embedded.clear()
-    result = embed(place, "e.npy", "album")
-    assert result.code == 0 and sum(embedded) == 0 and "12 renamed" in result.out
+    failed(embed(place, "e.npy", "album"), "folder was", "overwrite it")
+    result = embed(place, "e.npy", "album", "--overwrite")  # rows of the same images are kept
+    assert result.code == 0 and sum(embedded) == 1 and "1 new, 12 renamed" in result.out
     assert_as_from_scratch(place, "album")
-
-
-def test_a_folder_that_was_renamed_and_grew(place, embedded, monkeypatch):
-    monkeypatch.setattr("datasets.folder.FILES_THAT_TELL", 2)
-    assert embed(place).code == 0
-    (place / "photos").rename(place / "album")
-    for number in range(4):
-        save_photo(place / f"album/a{number}.png", 90 + number, size=(31, 17 + number))
-    result = embed(place, "e.npy", "album")
-    assert result.code == 0 and "4 new, 12 renamed" in result.out
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -128,7 +120,7 @@ def test_stopped_and_changed_again(place, embedded, monkeypatch, is_finished):
 
     def check(self: StopRequest) -> None:
         checks.append(self)
-        if len(checks) == 6:  # two at the ends of both loadings, then one for each batch
+        if len(checks) == 4:  # two at the ends of the loading, then one for each batch
             raise Stopped(2)
 
     embedded.clear()

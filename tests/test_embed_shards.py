@@ -12,7 +12,7 @@ from photos import make_photos, save_network
 from scripts import Outcome, failed, run_in_process
 
 from embedder import Embedder
-from utils.files import Lock
+from utils.embedding_store import EmbeddingStore
 from utils.signals import Stopped, StopRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +60,7 @@ def test_processes_join_their_shards(made, tmp_path, forks):
     out = tmp_path / "out/e.npy"
     done = forks.run(*options(made, out), script="embed.py", processes=2)
     assert done.code == 0, done.err
-    assert "e.shard-1-of-2.npy: 6 rows" in done.out and "e.npy: 12 rows" in done.out
+    assert "e.npy: shard 1 of 2: 6 images" in done.out and "e.npy: 12 rows" in done.out
     assert_as_one_process(made, out)
 
 
@@ -69,15 +69,17 @@ def test_a_stopped_shard_goes_on(made, tmp_path, monkeypatch):
 
     def check(self: StopRequest) -> None:
         calls.append(self)
-        if len(calls) == 6:  # two at the ends of both loadings, then one for each batch
+        if len(calls) == 4:  # two at the ends of the loading, then one for each batch
             raise Stopped(15)
 
     out = tmp_path / "e.npy"
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "check", check)
         assert embed(made, out, "--shard", "1/2").code == 143
-    assert "going on after 4 of 6 images" in embed(made, out, "--shard", "1/2").out
-    assert "e.shard-1-of-2.npy: is complete already" in embed(made, out, "--shard", "1/2").out
+    assert "goes on; 4 images have a row already" in embed(made, out, "--shard", "1/2").out
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "embed_crops", None)  # all rows are known
+        assert embed(made, out, "--shard", "1/2").code == 0
     assert embed(made, out).code == 0  # the other half is embedded now
     assert_as_one_process(made, out)
 
@@ -88,7 +90,7 @@ def test_shards_of_another_count_and_an_earlier_file_are_taken_over(made, tmp_pa
     copy_whole(made, out, source="before a photo was added")
     monkeypatch.setattr(Embedder, "embed_crops", None)
     result = embed(made, out, "--shard", "2/3")
-    assert result.code == 0 and "e.shard-2-of-3.npy: 4 rows" in result.out
+    assert result.code == 0 and "shard 2 of 3: 4 images" in result.out
     result = embed(made, out)
     assert result.code == 0 and "e.npy: 12 kept" in result.out
     assert_as_one_process(made, out)
@@ -113,30 +115,13 @@ def test_shards_that_overwrite(made, tmp_path, monkeypatch):
     other = [*words, "--checkpoint_path", tmp_path / "other.pth"]
     for shard in ("1/2", "1/3"):
         assert run_in_process("embed.py", *other, "--shard", shard).code == 0
-    failed(embed(made, out, "--shard", "1/2"), "of another network")
+    failed(embed(made, out, "--shard", "1/2"), "network_sha256 was")
     assert embed(made, out, "--shard", "1/2", "--overwrite").code == 0
-    done = embed(made, out, "--shard", "1/2", "--overwrite")
-    assert "e.shard-1-of-2.npy: is complete already" in done.out
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "embed_crops", None)
+        assert embed(made, out, "--shard", "1/2", "--overwrite").code == 0
     assert embed(made, out, "--overwrite").code == 0
     (tmp_path / "other.pth").unlink()
-    assert_as_one_process(made, out)
-
-
-def test_a_join_removes_nothing_but_shards(made, tmp_path):
-    names = [
-        "e.shard-1-of-2_hits.json",
-        "e.shard-1-of-2.json.txt",
-        "ee.shard-1-of-2.json",
-        "e.csv2",
-    ]
-    for name in names:
-        (tmp_path / name).write_text("mine")
-    out = tmp_path / "e.npy"
-    assert embed(made, out, "--shard", "2/2").code == 0
-    assert embed(made, out).code == 0
-    for name in names:
-        assert (tmp_path / name).read_text() == "mine"
-        (tmp_path / name).unlink()
     assert_as_one_process(made, out)
 
 
@@ -156,7 +141,7 @@ def test_a_folder_that_changes_between_shards_and_join(made, tmp_path):
     assert rows.dtype == np.float16
     np.testing.assert_allclose(rows, np.load(folder / "scratch.npy"), atol=1e-3)
     assert out.with_suffix(".csv").read_bytes() == (folder / "scratch.csv").read_bytes()
-    assert not list(folder.glob("e.shard*"))
+    assert not list(folder.glob("e.parts*"))
 
 
 def copy_whole(made: Path, out: Path, **facts: object) -> None:
@@ -178,11 +163,22 @@ def test_refused(made, tmp_path, monkeypatch):
     failed(run_in_process("embed.py", *words), "torchrun goes with --images")
     monkeypatch.undo()
     assert embed(made, out, "--shard", "1/2").code == 0
-    lock = Lock(tmp_path / "e.shard-1-of-2.npy")
-    failed(embed(made, out), "e.shard-1-of-2.npy: another process is writing it")
-    lock.release()
+    with EmbeddingStore(out, {"dtype": "float32"}, is_shared=True, overwrite=True):
+        failed(embed(made, out), "e.npy: another process is writing it")
+    chunks = list((tmp_path / "e.parts").iterdir())
     save_network(tmp_path / "other.pth", seed=6)
     other = ["--checkpoint_path", tmp_path / "other.pth"]
     result = run_in_process("embed.py", "--images", made / "photos", "--out", out, *other)
-    failed(result, "e.shard-1-of-2.json: of another network", "network_sha256")
-    assert np.load(tmp_path / "e.shard-1-of-2.npy").shape[0] == 6
+    failed(result, "network_sha256 was", "overwrite it")
+    assert list((tmp_path / "e.parts").iterdir()) == chunks and len(chunks) == 3
+
+
+def test_a_finished_file_leaves_shards_of_another_network_alone(made, tmp_path):
+    out = tmp_path / "e.npy"
+    assert embed(made, out).code == 0
+    save_network(tmp_path / "other.pth", seed=6)
+    words = ["--images", made / "photos", "--out", out, "--device", "cpu", "--shard", "1/2"]
+    other = ["--checkpoint_path", tmp_path / "other.pth", "--overwrite"]
+    assert run_in_process("embed.py", *words, *other).code == 0
+    assert "is complete already" in embed(made, out).out
+    assert len(list((tmp_path / "e.parts").iterdir())) == 3

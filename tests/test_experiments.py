@@ -14,13 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from photos import make_photos
+from photos import make_photos, write_embeddings
 from scripts import ROOT, run_in_process
 from synthetic import shapes, write_dataset_by_chance, write_split
 
 from experiments import clusters, duplicates, few_images, runs, sensitivity, table
 from models import build_model
-from utils.embedding_writer import EmbeddingWriter
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -302,9 +301,8 @@ def test_ways_to_choose_the_number_of_clusters(tmp_path):
     generator = np.random.default_rng(0)
     classes = np.repeat(np.arange(8), 30)
     rows = np.eye(8)[classes] + 0.1 * generator.standard_normal((240, 8))
-    writer = EmbeddingWriter(tmp_path / "e.npy", {"dimension": 8, "dtype": "float32"})
-    writer.add(rows, [(f"{row}.jpg", str(c), "", "", "") for row, c in enumerate(classes)])
-    writer.finish()
+    listed = [(f"{row}.jpg", str(c), "", "", "") for row, c in enumerate(classes)]
+    write_embeddings(tmp_path / "e.npy", rows, listed)
     clusters.main(["--embeddings", str(tmp_path / "e.npy"), "--out_dir", str(tmp_path)])
     (result,) = json.loads((tmp_path / "clusters.json").read_text())["rows"]
     chosen = result["tried"][str(result["chosen"])]

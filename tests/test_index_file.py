@@ -33,7 +33,8 @@ def kept(
 ) -> tuple[Index, str]:
     facts = {"network_sha256": network, "source": hashlib.sha256(rows.tobytes()).hexdigest()}
     facts |= {"checkpoint": file.name, "flip_eval": False} | other
-    return kept_index(Embeddings(rows, {}, facts), file, kind, **OPTIONS)
+    np.save(file.with_suffix(".npy"), rows)
+    return kept_index(Embeddings(file.with_suffix(".npy"), {}, facts), file, kind, **OPTIONS)
 
 
 def assert_finds(index: Index, rows: np.ndarray, is_exact: bool) -> None:

@@ -90,6 +90,7 @@ def test_the_recipes_of_the_project_hold_what_their_methods_read(path):
         ({"method": "cbswr", "help": True}, "unknown option 'help'"),
         ({"method": "cbswr", "batch_m": 4}, "batch_m: had no effect in the released code"),
         ({"method": "cbswr", "lr": -1}, "argument --lr: must be greater than 0, got -1"),
+        ({"method": "cbswr", "lr": None}, "lr takes a number or a text, got null"),
         ({"method": "cbswr", "lr": [{}]}, "argument --lr: expected a number"),
         ({"method": "cbswr", "n_epoch": True}, "n_epoch takes a number or a text, got true"),
         ({"method": "cbswr", "overwrite": "yes"}, 'overwrite is true or false, got "yes"'),
@@ -107,6 +108,16 @@ def test_a_fault_in_a_file_names_it(tmp_path, content, words):
 def test_the_file_that_names_no_method_is_named(tmp_path):
     path = write(tmp_path / "more.json", {"method": "cbs"})
     failed(execute("--config", path), "more.json: the method is one of cbswr, ")
+
+
+def test_a_config_takes_back_what_the_recipe_says(tmp_path):
+    recipe = {"method": "cbswr", "layers": "last2", "deterministic": True, "flip_eval": True}
+    config = {"layers": None, "deterministic": False, "flip_eval": False}
+    words = [f"--recipe={write(tmp_path / 'mine.json', recipe)}"]
+    args = train.parse_args(words)
+    assert (args.layers, args.deterministic, args.flip_eval) == ("last2", True, True)
+    args = train.parse_args([*words, f"--config={write(tmp_path / 'more.json', config)}"])
+    assert (args.layers, args.deterministic, args.flip_eval) == (None, False, False)
 
 
 def test_a_recipe_that_is_not_there():

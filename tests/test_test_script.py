@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import Outcome, failed, run_in_process
-from synthetic import shapes, write_dataset_by_chance, write_split
+from synthetic import shapes, write_dataset, write_dataset_by_chance, write_split
 from torch.nn import functional as F
 from training import before_call, trained
 
@@ -101,6 +102,17 @@ def test_scores_are_those_that_training_printed(scored, run, recipe_run):
         scores, _, _ = scored("--checkpoint_path", folder / "last.pth")
         for name in ("recall@1", "recall@2", "recall@4", "recall@8", "nmi", "nmi_protocol"):
             assert scores[name] == row[name]
+
+
+def test_the_size_is_that_of_the_training(run, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    write_dataset(tmp_path / "data", size=64)
+    argv = ["--dataset=tiny", f"--data_dir={tmp_path / 'data'}", "--device=cpu"]
+    argv += [f"--checkpoint_path={run / 'last.pth'}"]
+    assert "tiny, 32 px: 24 test images" in run_in_process("test.py", *argv).out
+    assert "tiny, 64 px: 24 test images" in run_in_process("test.py", *argv, "--image_size=64").out
+    words = [*argv, f"--out={tmp_path / 'e.npy'}"]
+    assert " at 32 px" in run_in_process("embed.py", *words).out
 
 
 def test_embeddings_are_those_of_the_center_crops_in_order(scored, run, data):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
-TIMEOUT = timedelta(hours=2)  # the first process scores while the rest wait
+TIMEOUT = timedelta(days=1)  # the first process scores or embeds while the rest wait
 JOIN_TIMEOUT = timedelta(minutes=5)
 
 

@@ -1,8 +1,8 @@
 """A file of embeddings as it lies on the disk, and what is known of its rows.
 
 `FILE.npy` holds the rows, `FILE.csv` what each row was made from (see `COLUMNS`), `FILE.json` the
-facts: what was embedded, and by which network. `utils.embedding_writer` writes the three; until all
-is embedded their names end in `.part`.
+facts: what was embedded, and by which network. `utils.embedding_store` writes the three; until all
+is embedded, `FILE.parts` holds what there is.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from itertools import count, islice
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate, chain, count
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,59 +26,78 @@ from utils.tables import CSV_FORMAT
 BLOCK = 1 << 14  # rows
 COLUMNS = ("path", "class", "bytes", "modified_ns", "sha256")
 NOT_COMPARED = ("checkpoint", "weights", "seed")  # the hash of the network says more
+MOST_OPEN = 64  # arrays of known rows; each takes a file handle
 
 
-class Embeddings(NamedTuple):
-    """A file of embeddings."""
+@dataclass(frozen=True)
+class Embeddings:
+    """A file of embeddings.
 
-    rows: np.ndarray  # (N, D), memory-mapped
-    columns: dict[str, Sequence[str]]  # of FILE.csv, each with N texts
-    facts: dict  # of FILE.json
+    Attributes:
+        file: FILE.npy.
+        columns: of FILE.csv, each with N texts.
+        facts: of FILE.json.
+    """
+
+    file: Path
+    columns: dict[str, Sequence[str]]
+    facts: dict
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The rows (N, D), memory-mapped."""
+        return open_rows(self.file)
 
 
 class KnownRows:
-    """Rows of earlier files, by image: by path, size and time of change, or by content."""
+    """Rows of files of embeddings, by image: by path, size and time of change, or by content."""
 
     def __init__(self, files: Sequence[Embeddings]) -> None:
         """Later files stand above earlier ones."""
-        self._files = [file for file in reversed(files) if set(COLUMNS) <= set(file.columns)]
+        self._files = [file for file in files if set(COLUMNS) <= set(file.columns)]
+        sizes = (len(file.columns["path"]) for file in self._files)
+        self._starts = list(accumulate(sizes, initial=0))
         self._numbers = {
-            name: [dict(zip(file.columns[name], count())) for file in self._files]
+            name: dict(zip(chain.from_iterable(f.columns[name] for f in self._files), count()))
             for name in ("path", "sha256")
         }
+        self._rows = lru_cache(MOST_OPEN)(lambda place: open_rows(self._files[place].file))
 
-        self.sizes = {size for file in self._files for size in file.columns["bytes"]}
+    def __len__(self) -> int:
+        """Return the number of paths."""
+        return len(self._numbers["path"])
 
-    def count_paths(self) -> int:
-        """Return the number of paths that rows were made from."""
-        return len(set().union(*self._numbers["path"]))
-
-    def __contains__(self, path: str) -> bool:
-        """Return whether a row was made from a file of this path."""
-        return self._find("path", path) is not None
-
-    def unchanged(self, path: str, entry: os.stat_result) -> tuple[str, np.ndarray] | None:
-        """Return content hash and row of a file that is as it was, None if it is not."""
-        place = self._find("path", path)
-        if place is None:
+    def unchanged(
+        self, path: str, size: int | str = "", modified_ns: int | str = ""
+    ) -> tuple[str, np.ndarray] | None:
+        """Return content hash and row of an image that is as it was, None if it is not."""
+        number = self._numbers["path"].get(path)
+        if number is None:
             return None
-        file, row = place
-        size, modified, sha256 = (file.columns[name][row] for name in COLUMNS[2:])
-        if (size, modified) != (str(entry.st_size), str(entry.st_mtime_ns)):
+        columns, row = self._row(number)
+        if (columns["bytes"], columns["modified_ns"]) != (str(size), str(modified_ns)):
             return None
-        return sha256, file.rows[row]
+        return columns["sha256"], row
 
     def of_content(self, sha256: str) -> np.ndarray | None:
         """Return the row of an image with these bytes, wherever it lay."""
-        place = self._find("sha256", sha256)
-        return place and place[0].rows[place[1]]
+        number = self._numbers["sha256"].get(sha256)
+        return None if number is None else self._row(number)[1]
 
-    def _find(self, column: str, text: str) -> tuple[Embeddings, int] | None:
-        """Return the file and the number of the row that has a text in a column."""
-        for file, numbers in zip(self._files, self._numbers[column], strict=True):
-            if text in numbers:
-                return file, numbers[text]
-        return None
+    def _row(self, number: int) -> tuple[dict[str, str], np.ndarray]:
+        """Return the columns and the row of a number, counted over all files."""
+        place = bisect_right(self._starts, number) - 1
+        row = number - self._starts[place]
+        columns = {name: texts[row] for name, texts in self._files[place].columns.items()}
+        return columns, self._rows(place)[row]
+
+
+def open_rows(file: Path) -> np.ndarray:
+    """Map an array. Raises UserError if it is none."""
+    try:
+        return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+    except (ValueError, EOFError):
+        raise UserError(f"{file}: not a .npy array, or truncated; embed again") from None
 
 
 def open_embeddings(file: Path) -> Embeddings:
@@ -88,34 +109,27 @@ def open_embeddings(file: Path) -> Embeddings:
         raise UserError(f"{file}: the name must end in .npy; give a file of embed.py")
     paths = paths_of(file)
     if not paths["json"].exists():
-        if paths_of(file, ".part")["json"].exists():
+        if parts_of(file).exists():
             raise UserError(f"{file}: is unfinished; run embed.py again")
         raise UserError(f"{paths['json']}: no such file; make it with embed.py")
     return open_files(paths)
 
 
 def open_files(paths: dict[str, Path]) -> Embeddings:
-    """Open files of embeddings; of unfinished ones the part that is safe on the disk."""
+    """Open three files that belong together. Raises UserError if they do not."""
     facts = read_facts(paths["json"])
-    n_rows = facts["progress"][1] if "progress" in facts else facts.get("rows")
-    try:
-        rows = np.asarray(np.load(paths["npy"], mmap_mode="r", allow_pickle=False))
-        if "progress" in facts:
-            rows = rows[:n_rows]  # a kill may have come before the last number was written
-    except (ValueError, EOFError):
-        raise UserError(f"{paths['npy']}: not a .npy array, or truncated; embed again") from None
     with open(paths["csv"], **CSV_FORMAT) as lines:
         table = csv.reader(lines)
         columns: dict[str, list[str]] = {name: [] for name in next(table, [])}
         is_whole = "path" in columns
-        for texts in islice(table, n_rows):
+        for texts in table:
             is_whole &= len(texts) == len(columns)
             for column, text in zip(columns.values(), texts, strict=False):
                 column.append(text)
     shape = (len(columns.get("path", ())), facts.get("dimension"))
-    if not is_whole or rows.shape != shape:
+    if not is_whole or open_rows(paths["npy"]).shape != shape:
         raise UserError(f"{paths['npy']}: does not match its .csv and .json; embed again")
-    return Embeddings(rows, columns, facts)
+    return Embeddings(paths["npy"], columns, facts)
 
 
 def check_apart(outputs: Sequence[str | None], embeddings: Embeddings) -> None:
@@ -136,9 +150,14 @@ def count_equal(rows: np.ndarray) -> int:
     return sum(count for count in counts.values() if count > 1)
 
 
-def paths_of(file: Path, ending: str = "") -> dict[str, Path]:
+def paths_of(file: Path) -> dict[str, Path]:
     """Return the three files that belong together, by kind: npy, csv and json."""
-    return {kind: file.with_suffix(f".{kind}{ending}") for kind in ("npy", "csv", "json")}
+    return {kind: file.with_suffix(f".{kind}") for kind in ("npy", "csv", "json")}
+
+
+def parts_of(file: Path) -> Path:
+    """Return the folder of what is embedded of an unfinished file."""
+    return file.with_suffix(".parts")
 
 
 def read_facts(path: Path) -> dict:

@@ -93,46 +93,38 @@ def check_writable(folder: Path, advice: str) -> None:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); {advice}") from None
 
 
-def lock_file(handle: int) -> bool:
-    """Lock an open file or folder until it is closed. Returns False if another process holds the
-    lock.
+class FolderLock:
+    """Keeps other processes out of a folder until `release`.
 
-    Where the system or the file system has no locks, nothing is locked and the result is True.
+    Where the system or the file system has no locks, nothing is locked.
     """
-    try:
+
+    def __init__(self, folder: Path, fault: str, is_shared: bool = False) -> None:
+        """Take the lock. Raises UserError with the text `fault` if another process has it.
+
+        is_shared: let in others that share it, too.
+        """
+        self._handle: int | None = None
+        if os.name == "nt":  # Windows opens no folders
+            return
         import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True
 
-
-class Lock:
-    """Keeps other processes from writing a file, by a hidden file beside it."""
-
-    def __init__(self, file: Path) -> None:
-        """Take the lock. Raises UserError if another process has it."""
-        self._path = file.with_name(f".{file.name}.lock")
-        self._handle = open(self._path, "a")  # noqa: SIM115  # until `release`
-        is_ours = lock_file(self._handle.fileno())
-        if not is_ours or not self._is_there():
-            self._handle.close()
-            raise UserError(f"{file}: another process is writing it; wait, or take another name")
-
-    def _is_there(self) -> bool:
-        """Return whether the locked file is the one that has the name, not a removed one."""
-        with suppress(FileNotFoundError):
-            return os.path.samestat(os.stat(self._path), os.fstat(self._handle.fileno()))
-        return False
+        self._handle = os.open(folder, os.O_RDONLY)
+        kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(self._handle, kind | fcntl.LOCK_NB)
+            is_there = os.path.samestat(os.stat(folder), os.fstat(self._handle))
+        except OSError as error:
+            is_there = error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT)
+        if not is_there:
+            self.release()
+            raise UserError(fault)
 
     def release(self) -> None:
         """Give the lock back; again is harmless."""
-        if not self._handle.closed:
-            self._path.unlink(missing_ok=True)
-            self._handle.close()
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
 @contextmanager

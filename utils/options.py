@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from utils.embeddings import paths_of
 from utils.errors import UserError, one_line
@@ -223,14 +224,14 @@ class Parser(argparse.ArgumentParser):
         options in `argv`.
         """
         self._check_names(argv)
-        words: list[str] = []
+        nullable = {action.dest for action in self._actions if action.default is None}
         for source, options in layers:
-            layer_words = self._as_words(source, options)
+            for key, value in options.items():
+                self._set_default(source, key, value, key in nullable)
             self._source = source
-            self.parse_args(layer_words)  # so that an error names the file
+            self.parse_args([])  # so that an error names the file
             self._source = ""
-            words += layer_words
-        args = self.parse_args([*words, *argv])
+        args = self.parse_args(argv)
         known = self._options()
         names = [word.partition("=")[0] for word in argv]
         args.given = {known[name].dest for name in names if name in known}
@@ -277,36 +278,23 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--") and len(name) > 2 and name not in known:
                 self.error(f"unknown option {name}{nearest_hint(name, known)}")
 
-    def _as_words(self, source: str, options: dict) -> list[str]:
-        """Write JSON options as words of a command line."""
-        known = {
-            action.dest: (name, action)
-            for name, action in reversed(self._options().items())
-            if action.dest != "help"
-        }
-        words = []
-        for key, value in options.items():
-            if f"--{key}" in self.refused:
-                self.error(f"{source}: {key}: {self.refused[f'--{key}']}")
-            if key not in known:
-                self.error(f"{source}: unknown option {key!r}{nearest_hint(key, known)}")
-            name, action = known[key]
-            if value is None:
-                continue
-            if action.nargs == 0:
-                if not isinstance(value, bool):
-                    self.error(f"{source}: {key} is true or false, got {json.dumps(value)}")
-                if value:
-                    words.append(name)
-                elif isinstance(action, argparse.BooleanOptionalAction):
-                    words.append(f"--no-{key}")
-                continue
-            if isinstance(value, list):
-                value = ",".join(map(str, value))
+    def _set_default(self, source: str, key: str, value: Any, is_nullable: bool) -> None:
+        """Make a JSON option the default of its option, as the text that argparse reads."""
+        if f"--{key}" in self.refused:
+            self.error(f"{source}: {key}: {self.refused[f'--{key}']}")
+        known = {action.dest: action for action in self._actions if action.dest != "help"}
+        if key not in known:
+            self.error(f"{source}: unknown option {key!r}{nearest_hint(key, known)}")
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if known[key].nargs == 0:
+            if not isinstance(value, bool):
+                self.error(f"{source}: {key} is true or false, got {json.dumps(value)}")
+        elif value is not None or not is_nullable:
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 self.error(f"{source}: {key} takes a number or a text, got {json.dumps(value)}")
-            words.append(f"{name}={value}")
-        return words
+            value = str(value)
+        self.set_defaults(**{key: value})
 
 
 def add_pooling(group: argparse._ArgumentGroup) -> None:

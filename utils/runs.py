@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import DivergedError, UserError
-from utils.files import disk_faults, lock_file, sync_folder, write_text, written_whole
+from utils.files import FolderLock, disk_faults, write_text, written_whole
 from utils.torch_files import read_torch_file, write_torch_file
 
 CONFIG = "config.json"
@@ -101,7 +101,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
 
     def check_free(self, may_hold_run: bool) -> None:
         """Raise UserError if the folder holds a run already, unless it may."""
@@ -134,21 +134,14 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
+        if self._lock:
+            self._lock.release()
 
     def lock(self) -> None:
         """Keep other processes out until the end. Raises UserError if one holds the folder."""
-        if self._lock is not None or os.name == "nt":  # Windows opens no folders
-            return
-        handle = os.open(self.path, os.O_RDONLY)
-        if not lock_file(handle):
-            os.close(handle)
-            raise UserError(
-                f"{self.path}: another process is training in this folder; wait for it, or choose "
-                "another name for the run"
-            )
-        self._lock = handle
+        if self._lock is None:
+            fault = "another process is training in this folder; wait for it, or choose another"
+            self._lock = FolderLock(self.path, f"{self.path}: {fault} name for the run")
 
     def save(self, parts: dict[str, Any], state: State, facts: dict, best: bool) -> None:
         """Write last.pth, for the best epoch so far best.pth too, then the metrics of all epochs.
@@ -213,16 +206,11 @@ class RunFolder:
 
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, or a copy where there are no hard links."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    beside.unlink(missing_ok=True)
-    try:
-        os.link(source, beside)
-    except OSError:
-        with written_whole(target) as copy:
-            shutil.copyfile(source, copy)
-    else:
-        os.replace(beside, target)
-        sync_folder(target.parent)
+    with written_whole(target) as beside:
+        try:
+            os.link(source, beside)
+        except OSError:
+            shutil.copyfile(source, beside)
 
 
 def _random_state() -> dict[str, Tensor]:
