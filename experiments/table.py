@@ -7,8 +7,8 @@
 A row is a recipe, one of SPECIAL, or a title with options of train.py. Each data set, backbone and
 image size has a table, DATASET_SIZEpx_BACKBONE_NAME; several have an overview, too, NAME.md. Runs
 lie in CHECKPOINT_DIR/TABLE/. The same command goes on where it was stopped: what is finished is
-kept, the rest is resumed. The last epoch is scored, by test.py. TABLE.md, .csv, .tex and .png show
-means and standard deviations, TABLE_epochs.png every epoch; TABLE.json holds options, scores and
+kept, the rest is resumed. The last epoch is scored, by test.py. TABLE.md, .csv and .tex show means
+and standard deviations, TABLE_epochs.png every epoch; TABLE.json holds options, scores and
 machine of each run.
 """
 
@@ -41,7 +41,6 @@ SPECIAL = {
     "start": ("--recipe=best", "--n_epoch=0"),
 }
 PAPER = ("frozen", "untrained", "isif", "cbs", "paper", "kmeans")
-WITH_LABELS = "WITH LABELS: "
 TITLES = {
     "frozen": "frozen backbone, pooled features",
     "untrained": "embedding before training",
@@ -53,9 +52,9 @@ TITLES = {
     "deepcluster": "k-means classification (DeepCluster)",
     "stml": "STML",
     "best_contextual": "recipe best, contextual loss instead",
-    "proxy_anchor": f"{WITH_LABELS}Proxy-Anchor",
-    "multi_similarity": f"{WITH_LABELS}Multi-Similarity",
-    "best_labels": f"{WITH_LABELS}recipe best by Multi-Similarity",
+    "proxy_anchor": "WITH LABELS: Proxy-Anchor",
+    "multi_similarity": "WITH LABELS: Multi-Similarity",
+    "best_labels": "WITH LABELS: recipe best by Multi-Similarity",
 }
 PUBLISHED = {  # R@1 / NMI in the paper, with GoogLeNet
     ("cub200", "paper"): "47.5 / 55.9",
@@ -164,7 +163,6 @@ def write_table(
     stem = stem_of(args, setting.name_of(args.name))
     write_text(f"{stem}.tex", latex(texts, about))
     write_results(stem, lines, texts, about, records)
-    draw(f"{stem}.png", [row.title for row in rows], lines)
     if any(len(record.get("epochs", [])) > 1 for record in records):
         draw_epochs(f"{stem}_epochs.png", records)
     return lines
@@ -241,25 +239,6 @@ def latex(texts: Sequence[Sequence[str]], about: str) -> str:
         r"\end{tabular}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def draw(path: str, titles: Sequence[str], lines: Sequence[dict]) -> None:
-    """Draw bars of R@1 and NMI with their deviations, the rows from top to bottom."""
-    figure = Figure(figsize=(9, 1.2 + 0.32 * len(lines)), layout="constrained")
-    drawn = {title: name for title, name in DRAWN.items() if f"{name}_mean" in lines[0]}
-    panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
-    colors = ["#b9b9b9" if title.startswith(WITH_LABELS) else "#4477aa" for title in titles]
-    for axes, (title, name) in zip(panels, drawn.items(), strict=True):
-        means = [line[f"{name}_mean"] for line in lines]
-        errors = [line[f"{name}_std"] or 0 for line in lines]
-        bars = axes.barh(range(len(lines)), means, xerr=errors, color=colors)
-        axes.bar_label(bars, fmt="%.1f", padding=3)
-        axes.set_yticks(range(len(lines)), titles)
-        axes.set_xlabel(f"{title}, %")
-        axes.set_xlim(0, 112)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
-    save(figure, path)
 
 
 def draw_epochs(path: str, records: Sequence[dict]) -> None:
