@@ -27,9 +27,8 @@ from datasets.views import center_crop, crop_size
 from models import BACKBONES, PAPER, CBSwR, Pooling, check_crop_size, load_network
 from models.timm_backbones import TIMM_PREFIX
 from utils.devices import choose_device
-from utils.errors import UserError
+from utils.errors import UserError, nearest_hint
 from utils.features import extract_features
-from utils.options import nearest_hint
 from utils.runs import find_checkpoint
 
 BATCH = 100  # images that are decoded and embedded at once

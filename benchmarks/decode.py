@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=path_name, metavar="DIR", help=text)
     parser.add_argument("--backbone", help="a frozen one, whose features are compared")
     parser.add_argument("--weights", type=path_name, default="auto", help="of it: auto or a file")
-    options = parser.parse(list(argv or sys.argv[1:]))
+    options = parser.parse(argv)
     embedder = Embedder(options.backbone, options.weights) if options.backbone else None
     torch.set_num_threads(1)
     count = 2 if options.tiny else COUNT

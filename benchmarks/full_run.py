@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--recipes", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     add("--precisions", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     add("--test_batch", type=whole(1), default=500, help="of train.py")
-    options = parser.parse(list(argv or sys.argv[1:]))
+    options = parser.parse(argv)
     data = [f"--dataset={options.dataset}", f"--data_dir={options.data_dir}", "--weights=none"]
     data += [f"--image_size={options.image_size}", f"--test_batch={options.test_batch}"]
     result: dict[str, Any] = {"data": f"{options.dataset}, {options.image_size} px"}

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--sizes", type=whole(100), nargs="+", default=[1_000_000], help="rows")
     add("--kinds", nargs="+", default=list(KINDS), help="as search.py --index takes them")
     add("--folder", type=path_name, metavar="DIR", help="for rows and index (default: a new one)")
-    options = parser.parse(list(argv or sys.argv[1:]))
+    options = parser.parse(argv)
     result: dict[str, Any] = {"data": "rows of a file" if options.embeddings else "drawn rows"}
     with TemporaryDirectory(dir=options.folder) as folder:
         for count in [TINY[0]] if options.tiny else options.sizes:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--weights", type=path_name, default="auto", help="auto (ImageNet), none (random), or FILE")
     add("--image_size", type=whole(8), default=256, help="of which 7 / 8 are the crop")
     add("--batch", type=whole(1), default=100, help="images at once")
-    options = parser.parse(list(argv or sys.argv[1:]))
+    options = parser.parse(argv)
     if options.tiny:
         options.backbone, options.weights = "resnet_small", "none"
         options.image_size, options.batch = 32, 4

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--image_size", type=whole(8), help="which pre-processed size, if there are several")
     add("--backbone", default="resnet18", help="that is frozen")
     add("--weights", type=path_name, default="auto", help="auto (ImageNet), none (random), or FILE")
-    options = parser.parse(list(argv or sys.argv[1:]))
+    options = parser.parse(argv)
     if options.tiny:
         result = {"data": "synthetic unit vectors"}
         result["tiny"] = compare(*paired.clustered_vectors(*TINY), options.repeats)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.devices import machine
 from utils.files import write_json
-from utils.options import Parser, path_name, usable_cores, whole
+from utils.options import Parser, path_name, whole
 
 RESULTS = Path(__file__).resolve().parents[1] / "misc" / "benchmarks"
 
@@ -29,27 +29,6 @@ def make_parser(name: str, description: str) -> Parser:
     add("--repeats", type=whole(1), default=5, help="turns of each way")
     parser.set_defaults(default_out=RESULTS / f"{name}.json")
     return parser
-
-
-def machine() -> dict[str, Any]:
-    """Return the facts of the machine on which something is measured."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": processor_name(),
-        "cores": usable_cores(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def processor_name() -> str:
-    """Return the name that the system gives its processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
 
 
 def seconds(run: Callable[[], Any]) -> float:

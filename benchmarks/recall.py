@@ -34,7 +34,7 @@ def ways_of(embeddings: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[]
 def main(argv: Sequence[str] | None = None) -> None:
     """Time both on embeddings of the sizes of three test halves, and write the result."""
     parser = paired.make_parser("recall", "Seconds of Recall@K beside those of faiss's search.")
-    options = parser.parse(list(argv or sys.argv[1:]))
+    options = parser.parse(argv)
     result: dict[str, Any] = {"data": "synthetic unit vectors"}
     for name, size in (TINY if options.tiny else SIZES).items():
         embeddings, labels = paired.clustered_vectors(*size)

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--embeddings", type=path_name, metavar="FILE.npy", help="of embed.py (default: drawn)")
     add("--sizes", type=whole(100), nargs="+", default=[10_000, 100_000], help="images")
     add("--ways", choices=WAYS, nargs="+", default=WAYS, help="which to go")
-    options = parser.parse(list(argv or sys.argv[1:]))
+    options = parser.parse(argv)
     sizes = [TINY[0]] if options.tiny else options.sizes
     result: dict[str, Any] = {"data": "rows of a file" if options.embeddings else "drawn rows"}
     for count in sizes:

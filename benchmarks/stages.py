@@ -142,7 +142,7 @@ def measure(script: str, words: Sequence[str]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure one command, and write the result."""
-    argv = list(argv or sys.argv[1:])
+    argv = sys.argv[1:] if argv is None else list(argv)
     start = argv.index("--") if "--" in argv else len(argv)
     parser = paired.make_parser("stages", "Seconds of the stages of a command.")
     parser.usage = "%(prog)s [options] -- SCRIPT [options of the script]"

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; with --check only say, by the exit status, whether it would change."""
     parser = Parser("Write the tables of docs/scaling.md from misc/benchmarks/*.json.")
     parser.add_argument("--check", action="store_true", help="exit status 1 if they are old")
-    options = parser.parse(list(argv or sys.argv[1:]))
+    options = parser.parse(argv)
     page = PAGE.read_text(encoding="utf-8")
     fresh = page
     for name, lines in TABLES.items():

@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--backbones", nargs="+", default=["googlenet", "resnet18"], help="which to train")
     add("--batch", type=whole(2), default=64, help="m, images a batch")
-    options = parser.parse(list(argv or sys.argv[1:]))
+    options = parser.parse(argv)
     size = 256
     m = options.batch
     backbones = options.backbones

@@ -22,8 +22,8 @@ from sklearn.metrics import adjusted_mutual_info_score, silhouette_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
-from benchmarks.paired import machine
 from utils.clustering import choose_k, kmeans
+from utils.devices import machine
 from utils.embeddings import open_embeddings
 from utils.errors import run_script
 from utils.files import write_json, write_text
@@ -81,7 +81,7 @@ def line_of(result: dict) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare on each file, and write."""
-    args = make_parser().parse(list(argv or sys.argv[1:]))
+    args = make_parser().parse(argv)
     results = [compare(Path(file)) for file in args.embeddings]
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     write_json(f"{args.out_dir}/clusters.json", {"machine": machine(), "rows": results})

@@ -23,10 +23,10 @@ from PIL import Image, ImageEnhance, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
-from benchmarks.paired import machine
 from datasets.images import find_images, open_rgb
 from embedder import Embedder
 from models import Pooling
+from utils.devices import machine
 from utils.errors import run_script
 from utils.files import write_json, write_text
 from utils.options import Parser, path_name, real, whole
@@ -108,7 +108,7 @@ def scores_at(rows: np.ndarray, similarity: float) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Embed, score, write."""
-    args = make_parser().parse(list(argv or sys.argv[1:]))
+    args = make_parser().parse(argv)
     rows = embed_all(args)
     lines = [{"similarity": s} | scores_at(rows, s) for s in args.similarities]
     stem = f"{args.out_dir}/duplicates_{args.backbone.replace(':', '_')}"

@@ -30,14 +30,13 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
 import train
-from benchmarks.paired import machine
 from datasets.arrays import Split, load_split
 from datasets.views import N_PARTS, center_crops, part_crops
 from models import Pooling, build_model, pooled_channels
 from models.closed_form import closed_form_head, head_size
 from models.start import ALIGNED, FEWEST_ALIGNED, Head, aligned_share, best_of, score_heads
 from recipes.start import START_IMAGES
-from utils.devices import choose_device
+from utils.devices import choose_device, machine
 from utils.errors import UserError, run_script
 from utils.evaluation import score, why_no_nmi
 from utils.features import pooled_features
@@ -213,7 +212,7 @@ def cell(rows: Sequence[dict], name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Embed each data set once, score its subsets, write."""
-    args = make_parser().parse(list(argv or sys.argv[1:]))
+    args = make_parser().parse(argv)
     check_writable(Path(args.out_dir), "choose another --out_dir")
     datasets = dict.fromkeys([*args.dataset, *args.photos])
     if not datasets:

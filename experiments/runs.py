@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 
 import train
-from benchmarks.paired import machine
+from utils.devices import machine
 from utils.errors import UserError
 from utils.files import write_json
 from utils.options import LARGEST_SEED, Parser, folder_name, path_name, whole
@@ -94,7 +94,7 @@ def make_parser(description: str, table: str) -> Parser:
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the options of a table, and the words after `--`, for train.py."""
-    words = list(argv or sys.argv[1:])
+    words = sys.argv[1:] if argv is None else list(argv)
     end = [*words, "--"].index("--")
     return parser.parse(words[:end]), words[end + 1 :]
 

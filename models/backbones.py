@@ -12,8 +12,7 @@ from torchvision.models.resnet import BasicBlock
 from models.googlenet import CAFFE_BLOCKS, caffe_googlenet
 from models.spec import CAFFE, IMAGENET, PLUS_MINUS_ONE, BackboneSpec
 from models.timm_backbones import TIMM_PREFIX, timm_spec
-from utils.errors import UserError
-from utils.options import nearest_hint
+from utils.errors import UserError, nearest_hint
 
 
 def _torchvision_resnet(name: str) -> nn.Module:

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from methods import METHODS
-from utils.errors import UserError
-from utils.options import Parser, nearest_hint, read_json_object
+from utils.errors import UserError, nearest_hint
+from utils.options import Parser, read_json_object
 from utils.runs import CONFIG
 
 RECIPES = Path(__file__).resolve().parent

@@ -1,16 +1,20 @@
-"""Where to compute."""
+"""Where to compute, and the facts of the machine."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from utils.distributed import ALONE, Processes
 from utils.errors import UserError
+from utils.options import usable_cores
 
 
 def choose_device(name: str, processes: Processes = ALONE) -> torch.device:
@@ -68,3 +72,24 @@ def has_fast_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return is_supported is not None and is_supported()
+
+
+def machine() -> dict[str, Any]:
+    """Return the facts of the machine on which something is measured."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": processor_name(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def processor_name() -> str:
+    """Return the name that the system gives its processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())

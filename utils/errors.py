@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 LONGEST_MESSAGE = 1500  # characters
@@ -93,3 +94,9 @@ def run_script(main: Callable[[], int | None]) -> None:
         message, status = "interrupted", getattr(stop, "status", 130)
     print(f"{script}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(status)
+
+
+def nearest_hint(name: str, names: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the most similar of the names, or "" if none is similar."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]}?" if close else ""

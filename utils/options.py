@@ -5,16 +5,16 @@ groups.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.embeddings import paths_of
-from utils.errors import UserError, one_line
+from utils.errors import UserError, nearest_hint, one_line
 from utils.files import check_target
 
 LARGEST_SEED = 2**32 - 1  # of numpy and scikit-learn
@@ -83,12 +83,6 @@ def name_of(choices: Iterable[str], prefix: str | None = None) -> Callable[[str]
 
     parse.choices = choices
     return parse
-
-
-def nearest_hint(name: str, names: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the most similar of the names, or "" if none is similar."""
-    close = difflib.get_close_matches(name, list(names), 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def folder_name(text: str) -> str:
@@ -216,13 +210,16 @@ class Parser(argparse.ArgumentParser):
         self._source = ""  # the file whose options are being parsed
 
     def parse(
-        self, argv: Sequence[str], layers: Sequence[tuple[str, dict]] = ()
+        self, argv: Sequence[str] | None, layers: Sequence[tuple[str, dict]] = ()
     ) -> argparse.Namespace:
-        """Parse `argv` above layers of JSON options (source, options), the lowest first.
+        """Parse `argv` (None: the words of the command line) above layers of JSON options.
+
+        layers: source and options of each, the lowest first.
 
         Any mistake exits with status 2 and one line. The namespace's `given` is the set of the
         options in `argv`.
         """
+        argv = sys.argv[1:] if argv is None else list(argv)
         self._check_names(argv)
         nullable = {action.dest for action in self._actions if action.default is None}
         for source, options in layers:
