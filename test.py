@@ -21,7 +21,14 @@ from utils.clustering import ENGINES
 from utils.devices import choose_device, memory_faults
 from utils.distributed import Processes, joined
 from utils.errors import UserError, run_script
-from utils.evaluation import alone_remark, check_classes, score, why_no_nmi
+from utils.evaluation import (
+    alone_remark,
+    check_classes,
+    nmi_remark,
+    recall_titles,
+    score,
+    why_no_nmi,
+)
 from utils.features import extract_features
 from utils.files import write_json, written_whole
 from utils.options import (
@@ -38,7 +45,6 @@ from utils.options import (
     whole,
 )
 from utils.progress import progress
-from utils.runs import nmi_remark, recall_titles
 from utils.signals import StopRequest
 
 

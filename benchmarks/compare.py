@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
-from utils.runs import recall_titles
+from utils.evaluation import recall_titles
 
 
 def main() -> int:

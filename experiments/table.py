@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run
 from experiments import runs
 from experiments.runs import Row, Setting, plain_name
 from utils.errors import run_script
+from utils.evaluation import nmi_remark, recall_titles
 from utils.files import write_json, write_text, written_whole
-from utils.runs import nmi_remark, recall_titles
 from utils.tables import markdown_table
 
 SPECIAL = {

@@ -24,8 +24,9 @@ from reports.runs import Run, open_data, open_network, read_run
 from reports.sights import TRAINING_IMAGES, Sights, look
 from utils.devices import choose_device
 from utils.errors import UserError
+from utils.evaluation import recall_titles
 from utils.files import write_text
-from utils.runs import BEST, recall_titles, scalars
+from utils.runs import BEST, scalars
 
 FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "bokeh")

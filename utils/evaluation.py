@@ -111,3 +111,17 @@ def score(
         f"{n_classes} clusters, {engine}, {starts} of <={NMI_ITERATIONS} iterations, seed {seed}"
     )
     return scores
+
+
+def recall_titles(scores: dict) -> dict[str, str]:
+    """Return the R@K among scores, the smallest K first: {"R@1": "recall@1", ...}."""
+    prefix = "recall@"
+    ks = sorted(int(name.removeprefix(prefix)) for name in scores if name.startswith(prefix))
+    return {f"R@{k}": f"{prefix}{k}" for k in ks}
+
+
+def nmi_remark(scores: dict) -> str:
+    """Say how the NMI among scores was computed, or why it was left out."""
+    if "nmi_left_out" in scores:
+        return f"left out: {scores['nmi_left_out']}"
+    return f"by {scores['nmi_protocol']}"

@@ -12,8 +12,9 @@ import torch
 
 from utils.devices import has_fast_bf16
 from utils.errors import UserError
+from utils.evaluation import nmi_remark, recall_titles
 from utils.files import disk_faults
-from utils.runs import BEST, LAST, nmi_remark, recall_titles
+from utils.runs import BEST, LAST
 
 log = logging.getLogger("train")
 MOST_LISTED = 8  # numbers of what a method reports

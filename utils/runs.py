@@ -252,20 +252,6 @@ def find_checkpoint(path: str) -> Path:
     raise UserError(f"{folder / BEST}: no such file; {folder} holds no finished epoch yet")
 
 
-def recall_titles(scores: dict) -> dict[str, str]:
-    """Return the R@K among scores, the smallest K first: {"R@1": "recall@1", ...}."""
-    prefix = "recall@"
-    ks = sorted(int(name.removeprefix(prefix)) for name in scores if name.startswith(prefix))
-    return {f"R@{k}": f"{prefix}{k}" for k in ks}
-
-
-def nmi_remark(scores: dict) -> str:
-    """Say how the NMI among scores was computed, or why it was left out."""
-    if "nmi_left_out" in scores:
-        return f"left out: {scores['nmi_left_out']}"
-    return f"by {scores['nmi_protocol']}"
-
-
 def scalars(row: dict) -> dict[str, float]:
     """Return the finite numbers of a row of metrics, those of inner objects as `seconds/train`."""
     numbers = {}
