@@ -122,11 +122,12 @@ def run_tables(
             try:
                 records.append(complete(run, args.dim))
             except RunFailedError as failure:
-                failures.append(f"{run.folder}: {failure}")
+                failures.append(f"{run.folder} ({failure})")
         if len(records) == len(runs):
             write(setting, records)
     if failures:
-        raise UserError(f"{len(failures)} runs failed: {'; '.join(failures)}")
+        again = "the same command tries them again"
+        raise UserError(f"{len(failures)} runs failed, {again}: {', '.join(failures)}")
 
 
 def plan(
@@ -259,7 +260,7 @@ def call(script: str, *words: str) -> None:
             process.wait()
             raise
     if status:
-        raise RunFailedError(f"{script} ended with status {status}; the same command tries again")
+        raise RunFailedError(f"{script} ended with status {status}")
 
 
 def as_words(options: dict) -> list[str]:
