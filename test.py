@@ -190,7 +190,7 @@ def print_result(args: argparse.Namespace, result: dict) -> None:
         print(f"{result['dataset']}: {images} without labels: no scores")
         return
     px = result["image_size"]
-    print(f"{result['dataset']}, {px} px: {images} of {result['classes']} unseen classes")
+    print(f"{result['dataset']}, {px} px: {images} of {result['classes']} classes")
     more = {"MAP@R": "map@r", "R-precision": "r_precision", "AMI": "ami"}
     for line in (recall_titles(result) | {"NMI": "nmi"}, more):
         shown = [

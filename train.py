@@ -231,7 +231,8 @@ class Job:
     def fit_options(self) -> list[str]:
         """Settle the options that depend on the training images; returns what is worth a remark."""
         args = self.args
-        remarks = [f"{self.training} to train on, {self.test} to test on"]
+        px = self.training.image_size
+        remarks = [f"{self.training} to train on, {self.test} to test on, {px} px"]
         remarks += fit_to_data(args, len(self.training), self.processes.count)
         if args.head_init == "auto":
             self.pooled, measured = self.chooser.choose()

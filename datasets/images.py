@@ -234,7 +234,8 @@ def find_images(folder: Path) -> list[Path]:
         UserError: `folder` is not a folder, cannot be listed, or holds no image.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a folder of images")
+        fault = "is a file" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {fault}; give a folder of images")
     paths = []
     others: Counter[str] = Counter()
     listed = set()

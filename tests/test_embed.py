@@ -309,10 +309,10 @@ def test_finished_files(photos, checkpoint, tmp_path):
     failed(embed("--images", others, *command[2:], other), "folder was", "overwrite it")
     assert sorted(path.name for path in tmp_path.glob("e.*")) == ["e.csv", "e.json", "e.npy"]
     np.save(tmp_path / "array.npy", np.ones(3))
-    with pytest.raises(UserError, match=r"not of embed\.py"):
+    with pytest.raises(UserError, match="without the other two files"):
         EmbeddingStore(tmp_path / "array.npy", FACTS)
     (tmp_path / "labels.csv").write_text("path,class")
-    with pytest.raises(UserError, match=r"labels\.csv: is there, and not of embed\.py"):
+    with pytest.raises(UserError, match=r"labels\.csv: is there without the other two"):
         EmbeddingStore(tmp_path / "labels.npy", FACTS)
 
 

@@ -183,7 +183,9 @@ class EmbeddingStore:
         if not self._overwrite and not self.earlier:
             for path in paths_of(self.file).values():
                 if path.exists():
-                    raise UserError(f"{path}: is there, and not of embed.py; {ADVICE}")
+                    raise UserError(
+                        f"{path}: is there without the other two files of embed.py; {ADVICE}"
+                    )
 
     def _open(self, paths: dict[str, Path]) -> Embeddings | None:
         """Open files of the same network, None if some are missing.

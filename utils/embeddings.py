@@ -97,7 +97,9 @@ def open_rows(file: Path) -> np.ndarray:
     try:
         return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
     except (ValueError, EOFError):
-        raise UserError(f"{file}: not a .npy array, or truncated; embed again") from None
+        raise UserError(
+            f"{file}: not a .npy array, or truncated; overwrite it by embed.py"
+        ) from None
 
 
 def open_embeddings(file: Path) -> Embeddings:
@@ -128,7 +130,9 @@ def open_files(paths: dict[str, Path]) -> Embeddings:
                 column.append(text)
     shape = (len(columns.get("path", ())), facts.get("dimension"))
     if not is_whole or open_rows(paths["npy"]).shape != shape:
-        raise UserError(f"{paths['npy']}: does not match its .csv and .json; embed again")
+        raise UserError(
+            f"{paths['npy']}: does not match its .csv and .json; overwrite it by embed.py"
+        )
     return Embeddings(paths["npy"], columns, facts)
 
 
