@@ -166,8 +166,8 @@ def _find_state(facts: dict, path: str | os.PathLike) -> dict[str, Tensor]:
             return state
     raise UserError(
         f"{path}: not a CBSwR checkpoint: it holds {some_names(tensors) or 'no named tensors'}, "
-        f"and no {' and '.join(sorted(HEADS))}; for weights of a backbone name the backbone instead, "
-        "and give this file as its weights"
+        f"and no {' and '.join(sorted(HEADS))}; for weights of a backbone name the backbone "
+        "instead, and give this file as its weights"
     )
 
 
