@@ -163,6 +163,8 @@ def find_duplicates(args: argparse.Namespace, file: Embeddings) -> None:
     n_more = sum(len(group) - 1 for group in groups)
     images = f"{n_more + len(groups)} images, {n_more} beside the first ones"
     print(f"{args.out}: {len(groups)} groups of {images}")
+    if file.facts.get("features") == "embedding":
+        print("learned features lie farther apart, so copies can be missed; frozen ones find more")
 
 
 def write_files(

@@ -202,6 +202,9 @@ def _as_square(picture: Picture, image_size: int) -> np.ndarray:
                 f"(H, W), of uint8 or of numbers from 0 to 1; got {given.dtype} {shape}"
             )
         picture = Image.fromarray(picture)
+    if not isinstance(picture, Image.Image):
+        kind = type(given).__name__
+        raise ValueError(f"expected a PIL image, path, bytes, array or tensor, got {kind}")
     return squash(as_rgb(upright(picture)), image_size)
 
 

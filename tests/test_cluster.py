@@ -151,6 +151,7 @@ def test_copies_of_photos(tmp_path):
     assert run_in_process("embed.py", "--images", photos, *network, "--out", file).code == 0
     result = cluster(file, "--duplicates", 0.9999, "--out", tmp_path / "d.csv")
     assert result.code == 0 and "1 groups of 4 images, 3 beside the first ones" in result.out
+    assert "frozen ones find more" in result.out
     kinds = {Path(row["path"]).name: row["kind"] for row in read_table(tmp_path / "d.csv")}
     copies = {"01.png": "first", "copy.png": "equal file"}
     assert kinds == copies | {"mirrored.png": "alike", "resized.webp": "alike"}

@@ -74,6 +74,8 @@ def test_numbers_that_are_no_image(place):
     for wrong in (*numbers, upright):
         with pytest.raises(ValueError, match=r"0 to 1|expected an array"):
             embedder(wrong)
+    with pytest.raises(ValueError, match=r"expected a PIL image, .*, got int"):
+        embedder([3])
 
 
 def test_a_folder_that_is_called_none(place, monkeypatch):
