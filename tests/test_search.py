@@ -241,7 +241,8 @@ def test_a_query_with_a_copy_is_itself_after_a_rename(tmp_path):
     renamed = photos.rename(tmp_path / "renamed")
     for query, copy in (("cat/00.jpg", "a copy.jpg"), ("a copy.jpg", "cat/00.jpg")):
         argv = ("--query", renamed / query, "--k", 1, "--json", tmp_path / "hits.json")
-        assert search(tmp_path, *argv).code == 0
+        result = search(tmp_path, *argv)
+        assert result.code == 0 and "1 of these images are no longer there" in result.out
         (hit,) = json.loads((tmp_path / "hits.json").read_text())[0]["hits"]
         assert hit["path"] == str(photos / copy)
 
