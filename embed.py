@@ -23,7 +23,7 @@ from models.export import export_onnx
 from utils.devices import choose_device, memory_faults
 from utils.distributed import Processes, joined
 from utils.embedding_store import EmbeddingStore
-from utils.embeddings import count_equal, open_embeddings
+from utils.embeddings import count_equal, open_rows, paths_of, read_facts
 from utils.errors import UserError, run_script
 from utils.options import (
     LARGEST_SEED,
@@ -241,14 +241,15 @@ def join(
     changes = store.join(batches())
     if changes:
         print(f"{store.file}: {changes}")
-    file = open_embeddings(store.file)
+    rows = open_rows(store.file)
+    facts = read_facts(paths_of(store.file)["json"])
     print(
-        f"{store.file}: {len(file.rows)} rows of {embedder.dimension}, {file.facts['dtype']}, "
-        f"{embedder.features} of {file.facts['backbone']} at {source.image_size} px"
+        f"{store.file}: {len(rows)} rows of {embedder.dimension}, {facts['dtype']}, "
+        f"{embedder.features} of {facts['backbone']} at {source.image_size} px"
     )
-    if file.facts["unreadable"]:
-        print(f"{len(file.facts['unreadable'])} unreadable images are left out, see the .json")
-    warn_of_equal(count_equal(file.rows), len(file.rows), "embedding")
+    if facts["unreadable"]:
+        print(f"{len(facts['unreadable'])} unreadable images are left out, see the .json")
+    warn_of_equal(count_equal(rows), len(rows), "embedding")
 
 
 def embedded(

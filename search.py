@@ -113,10 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         answers = [make_answer(*result, file.columns, args.k) for result in results]
         write_files(args, answers)
         print_answers(answers)
-        hits = {hit["path"] for answer in answers for hit in answer["hits"]}
-        n_missing = sum(not os.path.exists(path) for path in hits)
-        if n_missing and file.facts.get("folder"):  # rows of a data set have no files
-            print(f"{n_missing} of these images are no longer there; run embed.py again")
+        if file.facts.get("folder"):  # rows of a data set have no files
+            hits = {hit["path"] for answer in answers for hit in answer["hits"]}
+            n_missing = sum(not os.path.exists(path) for path in hits)
+            if n_missing:
+                print(f"{n_missing} of these images are no longer there; run embed.py again")
     return 0
 
 

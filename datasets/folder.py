@@ -152,6 +152,8 @@ class ArraySource:
         listed = self.listed[start:stop]
         same = [self.known.unchanged(path) for path, *_ in listed]
         known = [row and row[1] for row in same]
+        if None not in same:
+            return ImageBatch(torch.empty(0, dtype=torch.uint8), listed, known, [], True)
         parts = []
         first = 0
         for split in self.splits:
@@ -159,7 +161,7 @@ class ArraySource:
             parts.append(center_crop(split.images)[rows])
             first += len(split)
         pixels = np.concatenate(parts)[[row is None for row in known]]
-        return ImageBatch(torch.from_numpy(pixels), listed, known, [], None not in same)
+        return ImageBatch(torch.from_numpy(pixels), listed, known, [], False)
 
 
 def _facts(source: FileSource | ArraySource, fingerprint: str) -> dict:

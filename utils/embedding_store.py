@@ -138,6 +138,8 @@ class EmbeddingStore:
     def _write(self, paths: dict[str, Path], batches: Iterable[tuple]) -> None:
         """Write three files whole, FILE.json last: without it the others do not count."""
         dtype = np.dtype(self.facts["dtype"]).newbyteorder("<")
+        header = {"descr": dtype.str, "fortran_order": False}
+        width = self.facts["dimension"]
         n_rows = 0
         unreadable = []
         with (
@@ -149,17 +151,14 @@ class EmbeddingStore:
         ):
             table = csv_writer(lines)
             table.writerow(COLUMNS)
-            header = {"descr": dtype.str, "fortran_order": False}
-            shape = (n_rows, self.facts["dimension"])
-            np.lib.format.write_array_header_1_0(array, header | {"shape": shape})
+            np.lib.format.write_array_header_1_0(array, header | {"shape": (0, width)})
             for rows, listed, bad in batches:
                 array.write(rows.astype(dtype).tobytes())
                 table.writerows(listed)
                 n_rows += len(rows)
                 unreadable += bad
             array.seek(0)  # the length of the header does not depend on the number of rows
-            shape = (n_rows, self.facts["dimension"])
-            np.lib.format.write_array_header_1_0(array, header | {"shape": shape})
+            np.lib.format.write_array_header_1_0(array, header | {"shape": (n_rows, width)})
             if n_rows == 0:
                 raise UserError(f"{self.file}: none of the images can be read")
         with disk_faults(self.file, NO_ROOM):
