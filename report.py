@@ -23,13 +23,13 @@ def make_parser() -> Parser:
     add("runs", nargs="*", type=path_name, metavar="RUN", help="folders; several are compared")
     page = target_file(".html")
     add("--out", type=page, metavar="FILE.html", help=f"default: {REPORT} in the first folder")
-    text = "a run of 0 epochs, say, whose scores are put beside"
+    text = "a run to compare its scores with, such as the untrained one"
     add("--before", type=path_name, metavar="RUN", help=text)
     add("--figures", type=path_name, metavar="DIR", help="also draw PNG files of the (one) run")
     add("--data_dir", type=path_name, help="the folder that holds <dataset>/ (default: the run's)")
     add = parser.add_argument_group("what is shown").add_argument
     add("--checkpoint", type=name_of((LAST, BEST)), default=LAST, help="whose images are shown")
-    add("--queries", type=whole(1, 100), default=8, help="random ones, and as many of the worst")
+    add("--queries", type=whole(1, 100), default=8, help="random queries, and as many of the worst")
     add("--neighbors", type=whole(1, 50), default=8, help="hits for each query")
     add("--clusters", type=whole(1, 200), default=12, help="of as many as there are classes")
     add("--map_points", type=whole(3, 5000), default=1500, help="images on all maps together")

@@ -105,7 +105,7 @@ def make_parser(method: str) -> Parser:
     add("--refit_head", type=refitting, metavar="WHICH", default="off", help=text)
     add = parser.add_argument_group("optimization").add_argument
     add("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores the start and saves it")
-    add("--min_images", type=whole(0), default=0, help="with fewer, --n_epoch is 0 unless given")
+    add("--min_images", type=whole(0), default=0, help="to train on; fewer need --n_epoch")
     add("--batch_size", type=whole(1), default=64, help="m, images a batch, of all processes")
     add("--optimizer", type=name_of(("sgd", "adamw")), default="sgd", help="plain SGD, or AdamW")
     add("--lr", type=real(0, above=True), default=0.001, help="learning rate")
@@ -126,7 +126,8 @@ def make_parser(method: str) -> Parser:
     add("--model_name", type=folder_name, help="name of the run (default: CBSwR_<DATASET>)")
     add("--checkpoint_dir", type=path_name, default="new_checkpoint", help="where runs are")
     add("--log_dir", type=path_name, help="where <model_name>.log goes (default: with the run)")
-    add("--checkpoint_every_steps", type=whole(0), default=0, help="save within epochs; 0: after")
+    text = "save after so many steps, too; 0: after epochs alone"
+    add("--checkpoint_every_steps", type=whole(0), default=0, help=text)
     add("--resume", type=path_name, metavar="RUN", help="the folder of a run to continue")
     add("--overwrite", action="store_true", help="start afresh where a run lies already")
     add("--tensorboard", action="store_true", help="write event files, too")
