@@ -18,6 +18,7 @@ import utils.threads  # noqa: F401
 
 import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
 
 from reports.sheets import MOST_ROWS, SheetRow, Tile, contact_sheet
 from utils.clustering import FEWEST_CLUSTERS, choose_k, distances_to, kmeans_of_any_size
@@ -25,8 +26,7 @@ from utils.duplicates import duplicate_groups
 from utils.embeddings import Embeddings, check_apart, open_embeddings
 from utils.errors import UserError, run_script
 from utils.files import check_writable, written_whole
-from utils.options import LARGEST_SEED, Parser, path_name, real, target_file, whole
-from utils.progress import progress
+from utils.options import LARGEST_SEED, Parser, name_or, path_name, real, target_file, whole
 from utils.signals import StopRequest
 from utils.tables import CSV_FORMAT, csv_writer
 
@@ -35,22 +35,13 @@ STARTS, ITERATIONS = 5, 100  # of k-means
 MOST_OUTLIERS = 32  # on the sheet
 
 
-def number_or_auto(text: str) -> int | str:
-    """Argparse type: a whole number of at least 1, or auto."""
-    if text == "auto":
-        return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected auto or a whole number, got {text!r}")
-    return whole(1)(text)
-
-
 def make_parser() -> Parser:
     """Declare the options."""
     parser = Parser("Group images by their embeddings, or find those that show the same.")
     add = parser.add_argument
     add("--embeddings", type=path_name, required=True, metavar="FILE.npy", help="of embed.py")
     text = "number of groups; auto: as many as are stable"
-    add("--k", type=number_or_auto, default="auto", help=text)
+    add("--k", type=name_or(("auto",), whole(1)), default="auto", help=text)
     add(
         "--duplicates",
         type=real(-1, most=1),
@@ -111,7 +102,7 @@ def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
     if k == "auto" and len(rows) < 2 * FEWEST_CLUSTERS:
         k = 1
     elif k == "auto":
-        k, stability = choose_k(rows, args.seed, progress)
+        k, stability = choose_k(rows, args.seed)
         shares = ", ".join(f"{count} {value:.2f}" for count, value in stability.items())
         print(f"{k} clusters; stability by number of clusters: {shares}")
     clusters, centers, _ = kmeans_of_any_size(
@@ -145,7 +136,7 @@ def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
 def find_duplicates(args: argparse.Namespace, file: Embeddings) -> None:
     """Find images that show the same; the first of a group is the one that comes first by path."""
     contents = file.columns.get("sha256", [""] * len(file.rows))
-    groups = duplicate_groups(file.rows, contents, args.duplicates, progress)
+    groups = duplicate_groups(file.rows, contents, args.duplicates)
     table = []
     for number, group in enumerate(groups, 1):
         first = file.rows[group[0]].astype(np.float32)
@@ -187,7 +178,9 @@ def write_files(
         writer = csv_writer(out)
         writer.writerow(columns)
         writer.writerows(table)
-    if args.sheet and tiles:
+    if args.sheet and not tiles:
+        print(f"{args.sheet}: is not written, as there are no groups")
+    elif args.sheet:
         rows = [
             SheetRow([Tile(paths[row], text) for row in numbers])
             for numbers, text in zip(tiles, texts, strict=True)
@@ -227,16 +220,14 @@ def print_agreement(file: Embeddings, clusters: np.ndarray) -> None:
     classes = np.array(file.columns.get("class", [""] * len(clusters)))
     if (classes == "").any():
         return
-    names, numbers = np.unique(classes, return_inverse=True)
-    counts = np.zeros((clusters.max() + 1, len(names)), int)
-    np.add.at(counts, (clusters, numbers), 1)
+    counts = contingency_matrix(classes, clusters)
     scores = {
-        "purity": counts.max(1).sum() / len(clusters),
-        "NMI": normalized_mutual_info_score(numbers, clusters),
-        "AMI": adjusted_mutual_info_score(numbers, clusters),
+        "purity": counts.max(0).sum() / len(clusters),
+        "NMI": normalized_mutual_info_score(classes, clusters),
+        "AMI": adjusted_mutual_info_score(classes, clusters),
     }
     text = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
-    print(f"agreement with {len(names)} classes: {text}")
+    print(f"agreement with {len(counts)} classes: {text}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from utils.signals import Stopped, StopRequest
 GOES_WITH = {
     "skip_bad": "images",
     "shard": "images",
+    "max_pixels": "images",
     "split": "dataset",
     "data_dir": "dataset",
     "weights": "backbone",
@@ -124,8 +125,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, needed in GOES_WITH.items():
         if name in args.given and getattr(args, needed) is None:
             parser.error(f"--{name} goes with --{needed}")
-    if args.images is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error("torchrun goes with --images")
+    if (args.images is None or args.shard) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("torchrun goes with --images, and gives each process its --shard itself")
     if (args.out is None) == (args.onnx is None):
         parser.error("give --out FILE.npy with images, or --onnx FILE.onnx without")
     return args

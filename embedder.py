@@ -28,7 +28,7 @@ from models import BACKBONES, PAPER, CBSwR, Pooling, check_crop_size, load_netwo
 from models.timm_backbones import TIMM_PREFIX
 from utils.devices import choose_device
 from utils.errors import UserError, nearest_hint
-from utils.features import extract_features
+from utils.features import embeddings_of, pooled_features
 from utils.runs import find_checkpoint
 
 BATCH = 100  # images that are decoded and embedded at once
@@ -167,9 +167,9 @@ class Embedder:
         """Embed center crops, uint8 RGB (b, crop, crop, 3): float32 (b, D), of unit length."""
         if len(crops) == 0:
             return np.empty((0, self.dimension), np.float32)
-        pooled, embedding = extract_features(self.model, [crops], self.precision, flip=self.flip)
+        (pooled,) = pooled_features(self.model, [crops], self.precision, flip=self.flip)
         if self.features == "embedding":
-            return embedding.numpy()
+            return embeddings_of(self.model, pooled).numpy()
         return F.normalize(pooled, dim=1).numpy()
 
 
@@ -205,7 +205,7 @@ def _as_square(picture: Picture, image_size: int) -> np.ndarray:
     if not isinstance(picture, Image.Image):
         kind = type(given).__name__
         raise ValueError(f"expected a PIL image, path, bytes, array or tensor, got {kind}")
-    return squash(as_rgb(upright(picture)), image_size)
+    return squash(as_rgb(upright(picture.copy())), image_size)
 
 
 def network_hash(model: CBSwR, features: str = "embedding") -> str:

@@ -29,7 +29,7 @@ from utils.evaluation import (
     score,
     why_no_nmi,
 )
-from utils.features import extract_features
+from utils.features import embeddings_of, pooled_features
 from utils.files import write_json, written_whole
 from utils.options import (
     LARGEST_SEED,
@@ -118,10 +118,11 @@ def test(args: argparse.Namespace, processes: Processes) -> None:
     flip = about["flip_eval"] if args.flip_eval is None else args.flip_eval
     batches = center_crops(split, args.test_batch, args.workers, processes.share)
     batches = progress(batches, "test features")
-    pooled, embeddings = extract_features(model, batches, args.precision, processes, flip)
+    (pooled,) = pooled_features(model, batches, args.precision, processes, flip)
     if not processes.is_first:
         return
-    features = embeddings if args.checkpoint_path else F.normalize(pooled, dim=1)
+    is_frozen = args.checkpoint_path is None
+    features = F.normalize(pooled, dim=1) if is_frozen else embeddings_of(model, pooled)
     result = {
         **about,
         "dataset": args.dataset,

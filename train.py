@@ -46,15 +46,15 @@ from utils.distributed import Processes, joined
 from utils.errors import run_script
 from utils.evaluation import alone_remark, check_classes, score, why_no_nmi
 from utils.events import EventFile
-from utils.features import extract_features
+from utils.features import embeddings_of, pooled_features
 from utils.logs import log, log_epoch, log_start, log_summary, start_log
-from utils.options import Parser, folder_name, name_of, path_name, real, whole
+from utils.options import Parser, folder_name, name_of, name_or, path_name, real, whole
 from utils.progress import progress
 from utils.runs import RunFolder, State, check_finite
 from utils.schedules import SCHEDULES, learning_rate
 from utils.signals import Stopped, StopRequest
 
-MOST_TRAINED = 0.45  # power of whitening before training: less of it makes better pseudo-labels
+MOST_TRAINED = 0.45  # power of whitening that an epoch begins with: more makes worse pseudo-labels
 CHECK_EVERY = 20  # steps between looks at the loss, for which a GPU has to wait
 REFUSED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -67,16 +67,6 @@ CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "device", "nm
 CHANGEABLE |= {"checkpoint_every_steps", "deterministic", "eval_memory_mb", "tensorboard"}
 CHANGEABLE |= {"data_dir", "log_dir", "data_on"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ by machine
-
-
-def refitting(text: str) -> float | str:
-    """Argparse type: off, start, auto, or a number above 0."""
-    if text in ("off", "start", "auto"):
-        return text
-    try:
-        return real(0, above=True)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; or give off, start or auto") from None
 
 
 def make_parser(method: str) -> Parser:
@@ -102,7 +92,8 @@ def make_parser(method: str) -> Parser:
     add("--head_init", type=heads, default="random", help="auto: chosen by the images")
     add("--whiten_power", type=real(0), default=0.5, help="of the head: 0 is PCA, 1 whitening")
     text = "after each epoch: off, closed form as the start's, auto, or a power of whitening"
-    add("--refit_head", type=refitting, metavar="WHICH", default="off", help=text)
+    which = name_or(("off", "start", "auto"), real(0, above=True))
+    add("--refit_head", type=which, metavar="WHICH", default="off", help=text)
     add = parser.add_argument_group("optimization").add_argument
     add("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores the start and saves it")
     add("--min_images", type=whole(0), default=0, help="to train on; fewer need --n_epoch")
@@ -162,6 +153,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     is_power = isinstance(args.refit_head, float)
     if (is_power or "whiten_power" in args.given) and args.head_init != "whiten":
         parser.error("--whiten_power and a power of --refit_head go with --head_init whiten")
+    # only now: a configuration may be that of another run, which has all options
     args.given |= {name for _, config in layers[1:] for name in config}
     keeps_kind = args.head_init != "auto" and "refit_head" not in args.given
     if args.refit_head == "auto" and keeps_kind and not args.resume:
@@ -276,7 +268,7 @@ class Job:
         args = self.args
         self.run.open(self.config, self.state.rows, args.overwrite, bool(args.resume))
         start_log(Path(args.log_dir or self.run.path), args.model_name)
-        log_start(args, self.device, remarks)
+        log_start(args, self.device, self.model.has_batch_norm, remarks)
         if args.tensorboard:
             self.events = EventFile(self.run.path, self.state.epoch)
 
@@ -290,44 +282,37 @@ class Job:
     def features(self) -> tuple[Tensor, Tensor]:
         """Return pooled features (N, C) and embeddings (N, D) of all training images (CPU)."""
         if self.pooled is None:
-            self.pooled, _ = self.extract(self.training, "features of the training images")
-        with torch.no_grad():
-            return self.pooled, self.model.embed(self.pooled.to(self.device)).cpu()
+            self.pooled = self.pool(self.training, "features of the training images")
+        return self.pooled, embeddings_of(self.model, self.pooled)
 
-    def extract(self, split: Split, title: str) -> tuple[Tensor, Tensor]:
-        """Compute pooled features and embeddings of the center crops of a split."""
+    def pool(self, split: Split, title: str) -> Tensor:
+        """Compute the pooled features (N, C) of the center crops of a split."""
         args = self.args
         crops = center_crops(split, args.test_batch, args.workers, self.processes.share)
         batches = progress(crops, title)
-        return extract_features(self.model, batches, args.precision, self.processes, args.flip_eval)
+        (pooled,) = pooled_features(
+            self.model, batches, args.precision, self.processes, args.flip_eval
+        )
+        return pooled
 
-    def fit_start(self) -> None:
-        """Give the embedding head the closed form that it starts from, unless that is random."""
+    def fit_head(self, at_end: bool = False) -> None:
+        """Give the embedding head a closed form, by the features of the training images.
+
+        at_end: that of the end of an epoch (--refit_head); else that of its beginning.
+        """
         args = self.args
-        if args.head_init == "random":
-            return
+        pooled, _ = self.features()
+        kind = args.head_init
         power = args.whiten_power
-        if args.n_epoch and args.refit_head == "auto":
-            power = min(power, MOST_TRAINED)
-        self.fit_head(args.head_init, power)
-
-    def refit_head(self) -> None:
-        """Give the embedding head its closed form again, for the network as it is now."""
-        args = self.args
-        if args.refit_head == "start":
-            self.fit_start()
-        elif args.refit_head == "auto":
-            pooled, _ = self.features()
+        if at_end and args.refit_head == "auto":
             best, measured = self.chooser.best_head(self.model, self.model.pooling, pooled)
             log.info(measured)
-            self.fit_head(best.kind, best.power)
-        else:
-            self.fit_head(args.head_init, args.refit_head)
-
-    def fit_head(self, kind: str, power: float) -> None:
-        """Give the embedding head a closed form, by the features of the training images."""
-        pooled, _ = self.features()
-        head = closed_form_head(pooled, self.args.low_dim, kind, power)
+            kind, power = best.kind, best.power
+        elif at_end and args.refit_head != "start":
+            power = args.refit_head
+        elif args.n_epoch and args.refit_head == "auto":
+            power = min(power, MOST_TRAINED)
+        head = closed_form_head(pooled, args.low_dim, kind, power)
         self.model.set_head(*self.processes.from_first(head))
         self.method.head_changed()
         self.forget_moments(self.model.feat_ext.parameters())
@@ -345,7 +330,7 @@ class Job:
         for prefix, split in (("", self.test), ("val_", self.held_out)):
             if split is None or not split.labeled:
                 continue
-            _, embeddings = self.extract(split, f"{prefix}features")
+            embeddings = embeddings_of(self.model, self.pool(split, f"{prefix}features"))
             scoring = partial(
                 score,
                 embeddings.to(self.device),
@@ -377,8 +362,9 @@ def train_epoch(job: Job, epoch: int) -> dict:
     state = job.state
     if not state.is_begun:
         with job.stop.at_once(), state.timed("features"):
-            if epoch == 1 or args.refit_head not in ("off", "start"):  # the head is another one
-                job.fit_start()
+            is_another = args.refit_head not in ("off", "start")  # than an epoch begins with
+            if args.head_init != "random" and (epoch == 1 or is_another):
+                job.fit_head()
             state.logged = method.begin_epoch(epoch, job.features)
             job.forget_moments(method.restarted())
             state.is_begun = True
@@ -419,14 +405,15 @@ def train(job: Job) -> None:
     state = job.state
     if args.n_epoch == 0 and not state.rows:
         with job.stop.at_once():
-            job.fit_start()
+            if args.head_init != "random":
+                job.fit_head()
             scores = job.evaluate()
         job.end_epoch({"epoch": 0} | scores)
     for epoch in range(state.epoch + 1, args.n_epoch + 1):
         row = train_epoch(job, epoch)
         with job.stop.at_once(), state.timed("evaluate"):
             if args.refit_head != "off":
-                job.refit_head()
+                job.fit_head(at_end=True)
             if epoch % args.interval == 0 or epoch == args.n_epoch:
                 row |= job.evaluate()
         n_views = 2 * state.step * args.batch_size

@@ -29,7 +29,7 @@ from models import build_model
 from utils.clustering import kmeans
 from utils.errors import run_script
 from utils.evaluation import NMI_ITERATIONS
-from utils.features import extract_features
+from utils.features import pooled_features
 from utils.options import path_name, whole
 
 BATCH = 100  # images
@@ -41,7 +41,7 @@ def frozen_features(dataset: str, options: argparse.Namespace) -> tuple[np.ndarr
     """Return pooled features (N, C) of unit length of a test half, and its labels (N,)."""
     split = load_split(options.data_dir, dataset, "validation", options.image_size)
     model = build_model(options.backbone, weights=options.weights)
-    pooled, _ = extract_features(model, center_crops(split, BATCH, workers=1))
+    (pooled,) = pooled_features(model, center_crops(split, BATCH, workers=1))
     return F.normalize(pooled, dim=1).numpy(), split.labels
 
 

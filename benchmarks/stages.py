@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INPUT = {"two_view_batches", "center_crops", "part_crops", "batches_of"}  # of the scripts
 WORK = {"score": "scores", "closed_form_head": "head"}
 WORK |= dict.fromkeys(("aligned_share", "score_heads"), "choice of the start")
-WORK |= dict.fromkeys(("extract_features", "pooled_features"), "features, network")
+WORK["pooled_features"] = "features, network"
 
 
 class Clock:

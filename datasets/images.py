@@ -9,12 +9,13 @@ import struct
 import warnings
 import zlib
 from collections import Counter
+from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from utils.errors import UserError
 from utils.options import LARGEST_IMAGE
@@ -28,16 +29,6 @@ IMAGE_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|RIFF....WEBP|....ftypa
 HEIF_START = re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 USED_CHUNKS = (b"tRNS", b"eXIf")  # beside the critical ones, which begin with a capital
-ORIENTATION = 0x0112  # EXIF tag
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 MANY_EQUAL = 0.1  # share of images, worth a remark
 DRAFT = 2  # how much larger than the square a photo is decoded
 GRAY_BITS = (8, 10, 12, 14, 16, 24, 31, 32)  # what gray values may need: of sensors, and int32
@@ -58,8 +49,8 @@ def decode_image(
     JPEG's own scaling, which is faster and hardly changes embeddings (benchmarks/decode.py). Images
     as stored are decoded in full.
 
-    Returns uint8 RGB of shape (image_size, image_size, 3). Arguments and errors are those of
-    `open_rgb`; image_size is the side of the square in pixels.
+    Returns uint8 RGB of shape (image_size, image_size, 3). Source, as_stored and errors are
+    those of `open_rgb`; image_size is the side of the square in pixels.
     """
     return squash(open_rgb(source, as_stored, 0 if as_stored else DRAFT * image_size), image_size)
 
@@ -165,17 +156,10 @@ def png_without_metadata(content: bytes) -> bytes:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF says, if that can be read; what is turned says so no more."""
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # Pillow raises almost anything for odd metadata, which no pixel needs
-        orientation = None
-    if orientation not in TURNS:
-        return image
-    turned = image.transpose(TURNS[orientation])
-    for name in ("exif", "xmp", "XML:com.adobe.xmp"):
-        turned.info.pop(name, None)
-    return turned
+    """Turn an image, in place, as its EXIF says, if that can be read."""
+    with suppress(Exception):  # Pillow's, for odd metadata, which no pixel needs
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def as_rgb(image: Image.Image, as_stored: bool = False) -> Image.Image:
@@ -269,7 +253,7 @@ def _links_into(path: Path, folder: Path) -> bool:
     """Return whether a path is a link to what lies below a folder and is not hidden there."""
     if not path.is_symlink():
         return False
-    below = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    below = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))  # or ../...
     return not any(part.startswith(".") and part != "." for part in below.split(os.sep))
 
 

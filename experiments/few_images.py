@@ -91,13 +91,13 @@ class Features:
         def of_centers(half: Split) -> list[Tensor]:
             crops = center_crops(half, args.test_batch, args.workers)
             crops = progress(crops, half.path.name)
-            return pooled_features(model, crops, poolings, args.precision, flip=True)
+            return pooled_features(model, crops, args.precision, flip=True, poolings=poolings)
 
         def of_parts(half: Split) -> list[Tensor]:
             batch_size = -(-args.test_batch // N_PARTS)
             crops = part_crops(half, np.arange(len(half)), seed, batch_size, args.workers)
             crops = progress(crops, f"parts of {half.path.name}")
-            return pooled_features(model, crops, poolings, args.precision)
+            return pooled_features(model, crops, args.precision, poolings=poolings)
 
         centers = [of_centers(half) for half in halves]
         fitted = halves if is_joined else halves[:1]

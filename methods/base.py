@@ -59,8 +59,8 @@ class Method(nn.Module):
         """Make the method.
 
         Args:
-            options: those of `add_options`, and of train.py: seed, precision, dataset,
-                eval_memory_mb.
+            options: those of `add_options`, and of train.py: seed, precision, dataset, batch_size,
+                head_init, eval_memory_mb.
             n_images: N, the number of training images.
             labels: (N,) their real classes, numbered from 0; given if `uses_labels`.
             processes: that share a batch.

@@ -15,7 +15,10 @@ from utils.options import real, whole, whole_list
 
 
 class SoftCenters(Method):
-    """A softmax over the centroids of all training images, towards assignments at epoch start."""
+    """Pull each view towards the soft assignment that its image had when the epoch began.
+
+    An assignment is a softmax over the centroids of clusters of all training images.
+    """
 
     @staticmethod
     def add_options(group: argparse._ArgumentGroup) -> None:

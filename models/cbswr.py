@@ -125,6 +125,11 @@ class CBSwR(nn.Module):
         self._trains_statistics = batch_norm
         self.train(self.training)
 
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the backbone has any."""
+        return any(isinstance(module, _BatchNorm) for module in self.base_model.modules())
+
     def train(self, mode: bool = True) -> CBSwR:
         """Set the mode, as of every module; kept and frozen batch norms stay in evaluation mode."""
         super().train(mode)

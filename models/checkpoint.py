@@ -49,7 +49,7 @@ def load_checkpoint(
     """
     content = read_torch_file(path)
     facts = content if isinstance(content, dict) else {}
-    config = _current_config(facts.get("config"))
+    config = _current_config(_object(facts, "config"))
     state = _find_state(facts, path)
     pooling = _pooling(config, path)
     n_cluster, low_dim = _sizes(state)
@@ -67,13 +67,13 @@ def load_checkpoint(
     info = {
         "path": str(Path(path)),
         "epoch": epoch if isinstance(epoch, int) else None,
-        "step": (facts.get("state") or {}).get("step", 0),
+        "step": _object(facts, "state").get("step", 0),
         "backbone": backbone,
         "n_cluster": n_cluster,
         "low_dim": low_dim,
         "config": config,
-        "data": facts.get("data") or {},
-        "image_size": _stored_size(facts.get("data")),
+        "data": _object(facts, "data"),
+        "image_size": _stored_size(_object(facts, "data")),
         "flip_eval": config.get("flip_eval") is True,
     }
     return model.to(device).eval(), info
@@ -99,6 +99,10 @@ def load_network(
     Raises UserError if it cannot be made.
     """
     if checkpoint is None:
+        if dim is not None:
+            raise UserError(
+                f"{backbone}: its pooled features are not in order; leave out dim {dim}"
+            )
         model = build_model(backbone, weights=weights, pooling=pooling)
         about = {"features": "pooled", "backbone": backbone, "weights": weights}
         about |= {"checkpoint": None, "epoch": None, "flip_eval": False}
@@ -126,17 +130,21 @@ def _has_closed_form(info: dict) -> bool:
     return config.get("head_init", "random") != "random" and is_fitted
 
 
-def _current_config(config: object) -> dict:
+def _object(facts: dict, name: str) -> dict:
+    """Return what a checkpoint of train.py holds under a name, {} for files of others."""
+    value = facts.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _current_config(config: dict) -> dict:
     """Return the options of a run, those of earlier versions translated."""
-    if not isinstance(config, dict):
-        return {}
     if "method" in config or "backbone" not in config:
         return config
     backbone = config["backbone"]
     return config | {"backbone": RENAMED_BACKBONES.get(backbone, backbone)}
 
 
-def _stored_size(data: object) -> int | None:
+def _stored_size(data: dict) -> int | None:
     """Return the side of the training images, from a fingerprint "uint8 (N, S, S, 3) ..."."""
     try:
         match = re.match(r"uint8 \(\d+, (\d+), \1, 3\) ", data["training"]["images"])

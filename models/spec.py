@@ -67,7 +67,7 @@ class BackboneSpec:
         torchvision_weights: name of the torchvision class that holds its ImageNet weights, if
         there is one.
         smallest_crop: side in pixels below which the last pooling leaves nothing.
-        stages: the stages that can be pooled or trained alone, in order: name -> (child of the
+        stages: the stages that can be pooled or trained alone, in order: name -> (path in the
             module, channels).
     """
 

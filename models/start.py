@@ -2,9 +2,9 @@
 
 Stripes compare images part by part, from top to bottom: of use where images that are alike have the
 same thing at the same height, as photos cropped to an object do, and harmful elsewhere. A head is
-judged by images that it was not fitted to: given one part of an image, at which place does it find
-another part of the same image, among parts of all those images? docs/results.md shows how well both
-measures agree with R@1.
+judged by images that it was not fitted to, a quarter of them at a time: given one part of an image,
+at which place does it find another part of the same image, among parts of the others?
+docs/results.md shows how well both measures agree with R@1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_COMPARED = 5000  # images whose stripes are compared
 POWERS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
 AS_GOOD = 0.98  # of the highest score; R@1 of aligned images peaks at more whitening than the score
 FEWEST = 100  # images that can judge heads; fewer keep the frozen features
-FEWEST_ALIGNED = 50  # the same, where images are aligned and more can be gained
+FEWEST_ALIGNED = 50  # the same, where images are aligned; fewer are not asked whether they are
 FOLDS = 4
 MOST_FITTED = 50_000  # images that a judged head is fitted to
 PAIRS = {(0, 1): 2 / 3, (2, 3): 1 / 3}  # of parts (datasets.views.part_crops), and their weights

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ def read_options() -> argparse.Namespace:
         parser.error(
             f"--labels {args.labels}: lies where the data set is written; copy it elsewhere"
         )
-    if not args.overwrite and is_of_another_folder(home, args.images):
+    if not args.overwrite and is_of_another_folder(home, args.name, args.images):
         parser.error(
             f"--name {args.name}: holds images of another folder; choose another name, or "
             "give --overwrite"
@@ -125,9 +126,9 @@ def read_options() -> argparse.Namespace:
     return args
 
 
-def is_of_another_folder(home: Path, images: Path) -> bool:
-    """Return whether there is a data set whose first image lies elsewhere."""
-    for table in home.glob("training_*_paths.csv"):
+def is_of_another_folder(home: Path, name: str, images: Path) -> bool:
+    """Return whether there is a data set of that name whose first image lies elsewhere."""
+    for table in home.glob(f"training_{escape(name)}_*_paths.csv"):
         _, (first,) = next(read_rows(table, ["path"]))
         if not Path(first).is_relative_to(os.path.abspath(images)):
             return True

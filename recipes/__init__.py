@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
 from methods import METHODS
@@ -16,13 +17,15 @@ RECIPES = Path(__file__).resolve().parent
 def add_method_options(parser: Parser, name: str) -> None:
     """Add the options of a method; those that only other methods read are refused from now on."""
     METHODS[name].add_options(parser.add_argument_group(f"method {name}"))
-    known = {option for action in parser._actions for option in action.option_strings}
+    known = set(parser._option_string_actions) | set(parser.refused)
+    readers = defaultdict(list)
     for other in METHODS:
         for option in _option_parser(other)._option_string_actions:
-            if option not in known and option not in parser.refused:
-                parser.refused[option] = (
-                    f"is not read by the method {name} of this recipe, but by {_readers(option)}"
-                )
+            readers[option].append(other)
+    for option in readers.keys() - known:
+        parser.refused[option] = (
+            f"is not read by the method {name} of this recipe, but by {', '.join(readers[option])}"
+        )
 
 
 def others_help(method: str) -> str:
@@ -37,11 +40,6 @@ def _option_parser(name: str) -> Parser:
     summary = (METHODS[name].__doc__ or "").partition("\n")[0]
     METHODS[name].add_options(parser.add_argument_group(f"method {name}", summary))
     return parser
-
-
-def _readers(option: str) -> str:
-    names = [name for name in METHODS if option in _option_parser(name)._option_string_actions]
-    return ", ".join(names)
 
 
 def read_layers(argv: list[str]) -> tuple[str, list[tuple[str, dict]]]:
@@ -95,7 +93,7 @@ def _read_run(run: Path) -> tuple[str, dict]:
 def fit_to_data(args: argparse.Namespace, n_images: int, n_processes: int) -> list[str]:
     """Fit numbers that stem from a default or a recipe to what the training images allow.
 
-    Returns a sentence for each. Raises UserError for a given batch size that does not fit.
+    Returns a sentence for each. Raises UserError for a batch size that does not fit.
     """
     fitting = {"n_cluster": min(n_images, getattr(args, "n_cluster", 0))}
     group = getattr(args, "group", 1) * n_processes

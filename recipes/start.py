@@ -57,7 +57,7 @@ class StartChooser:
         crops = center_crops(self.training, args.test_batch, args.workers, share)
         batches = progress(crops, "features for the start")
         pooled = pooled_features(
-            model, batches, poolings, args.precision, self.processes, args.flip_eval
+            model, batches, args.precision, self.processes, args.flip_eval, poolings
         )
         number = 0
         remarks = []
@@ -105,7 +105,9 @@ class StartChooser:
         share = self.processes.share
         crops = part_crops(self.training, index, args.seed, batch_size, args.workers, share)
         batches = progress(crops, "parts of images")
-        (rows,) = pooled_features(model, batches, [pooling], args.precision, self.processes)
+        (rows,) = pooled_features(
+            model, batches, args.precision, self.processes, poolings=[pooling]
+        )
         parts = rows.unflatten(0, (-1, N_PARTS))
         numbers = torch.from_numpy(index)
         heads = self.processes.by_first(

@@ -18,7 +18,7 @@ from reports import findings
 from reports.runs import Run
 from utils.errors import UserError
 from utils.evaluation import MOST_NMI_CLASSES
-from utils.features import extract_features
+from utils.features import embeddings_of, pooled_features
 from utils.progress import progress
 from utils.retrieval import nearest_neighbors
 
@@ -72,7 +72,8 @@ def look(run: Run, options: Namespace, map_points: int) -> Sights | None:
         check_crop_size(run.model.backbone_name, crop_size(test.image_size))
         crops = center_crops(test, options.test_batch, options.workers)
         crops = progress(crops, f"{run.name}: test features")
-        _, embeddings = extract_features(run.model, crops, flip=run.info["flip_eval"])
+        (pooled,) = pooled_features(run.model, crops, flip=run.info["flip_eval"])
+        embeddings = embeddings_of(run.model, pooled)
         listed = listed_paths(test)
     except UserError as error:
         run.missing["network"] = f"The images could not be embedded. {error}."

@@ -22,7 +22,7 @@ from models.batch_norm import share_batch_norm
 from recipes import fit_to_data
 from utils.distributed import Processes, joined
 from utils.errors import UserError
-from utils.features import extract_features
+from utils.features import embeddings_of, pooled_features
 
 IMAGES = 6  # a batch, for 1, 2 and 3 processes
 STEPS = 2
@@ -81,8 +81,8 @@ def features(method: nn.Module, split: Split, processes: Processes) -> tuple[Ten
     """Compute the features of all images, float32 as in training."""
     single = copy.deepcopy(method.model).float()
     crops = center_crops(split, 4, workers=0, share=processes.share)
-    pooled, embeddings = extract_features(single, crops, processes=processes)
-    return pooled.double(), embeddings.double()
+    (pooled,) = pooled_features(single, crops, processes=processes)
+    return pooled.double(), embeddings_of(single, pooled).double()
 
 
 def make_split(count: int) -> Split:
@@ -98,8 +98,9 @@ def all_features(processes: Processes) -> dict[str, Tensor]:
     results = {}
     for count in (24, 23, 4):
         crops = center_crops(make_split(count), 4, workers=0, share=processes.share)
-        pooled, embeddings = extract_features(model, crops, processes=processes)
-        results |= {f"pooled {count}": pooled, f"embeddings {count}": embeddings}
+        (pooled,) = pooled_features(model, crops, processes=processes)
+        results |= {f"pooled {count}": pooled}
+        results |= {f"embeddings {count}": embeddings_of(model, pooled)}
         assert len(pooled) == count
     return results
 

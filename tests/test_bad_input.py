@@ -81,7 +81,7 @@ TRAIN = [
     ("--stripes=0", "stripes"),
     ("--train_stages=9", "resnet_small has 3 stages that can be trained alone, fewer than 9"),
     ("--refit_head=auto", "--refit_head: a random head has no closed form; give --head_init pca"),
-    ("--refit_head=maybe", "expected a number, got 'maybe'; or give off, start or auto"),
+    ("--refit_head=maybe", "expected a number, got 'maybe'; or give off, start, auto"),
     ("--head_init=pca --refit_head=1", "go with --head_init whiten"),
     ("--head_init=pca --whiten_power=1", "go with --head_init whiten"),
     ("--data_on=device", "there is no GPU to hold the images"),

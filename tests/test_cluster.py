@@ -165,7 +165,7 @@ def test_copies_of_photos(tmp_path):
 REFUSED = [
     ("--embeddings none.npy", "none.json: no such file"),
     ("--embeddings e.npy --k 0", "must be at least 1"),
-    ("--embeddings e.npy --k many", "expected auto or a whole number, got 'many'"),
+    ("--embeddings e.npy --k many", "expected a whole number, got 'many'; or give auto"),
     ("--embeddings e.npy --k 3 --duplicates", "--k does not go with --duplicates"),
     ("--embeddings e --k 2 --out e.csv", "the name must end in .npy"),
     ("--embeddings e.npy --out e.csv", "would overwrite what --embeddings names"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin, features
+from PIL import ExifTags, Image, PngImagePlugin, features
 from raw_folders import save_photo
 
 from datasets import images
@@ -260,7 +260,7 @@ def test_heic_of_a_phone_held_upright(tmp_path):
     pixels = np.zeros((64, 32, 3), np.uint8)
     pixels[:32] = (200, 30, 90)
     exif = Image.Exif()
-    exif[images.ORIENTATION] = 6
+    exif[ExifTags.Base.Orientation] = 6
     photo = Image.fromarray(pixels)
     photo.save(tmp_path / "a.jpg", exif=exif, quality=95)
     pillow_heif.from_pillow(photo).save(tmp_path / "a.heic", exif=exif.tobytes(), quality=95)

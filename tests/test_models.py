@@ -15,7 +15,7 @@ from models.decoder import Decoder, WeightedBatchNorm2d
 from models.lrn import LocalResponseNorm
 from models.spec import CAFFE, IMAGENET, PLUS_MINUS_ONE
 from utils.errors import UserError
-from utils.features import extract_features, pooled_features
+from utils.features import pooled_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHANNELS = {
@@ -181,8 +181,8 @@ def test_flip_averages_the_pooled_features_of_image_and_mirror_image(pooling):
     assert not torch.allclose(pooled, model.features(x)[0], atol=1e-3)
     for flip in (False, True):  # several poolings in one pass have the same bits
         pixels = [noise(3, 32, 32, 3).abs().mul(99).byte()]
-        (rows,) = pooled_features(model, pixels, [pooling], flip=flip)
-        assert torch.equal(rows, extract_features(model, pixels, flip=flip)[0])
+        _, rows = pooled_features(model, pixels, flip=flip, poolings=[PAPER, pooling])
+        assert torch.equal(rows, pooled_features(model, pixels, flip=flip)[0])
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ NUMBERS = ("0", "1", "2", "4", "24", "25", "-1", "0.5", "1e-3", "nan", "1e39", "
 PATHS = ("data", "runs/done", "runs/done/last.pth", "file", "file/x", "none", "auto", "", "\udcff")
 VALUES = {  # by the kind of an option
     "whole": NUMBERS,
-    "power_or_auto": (*NUMBERS, "auto"),
+    "name_or": (*NUMBERS, "off", "start", "auto"),
     "real": NUMBERS,
     "whole_list": ("4", "3,6", "0", "4,x", "", "24,25"),
     "folder_name": ("tiny", "done", "new", "", "..", "a/b", "two\nlines", "résumé", "-x"),

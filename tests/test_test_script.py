@@ -117,7 +117,7 @@ def test_the_size_is_that_of_the_training(run, data, tmp_path):
 
 def test_embeddings_are_those_of_the_center_crops_in_order(scored, run, data):
     argv = ("--checkpoint_path", run / "last.pth", "--test_batch", 7)
-    with before_call(CBSwR, "features", 0, None) as calls:
+    with before_call(CBSwR, "view_maps", 0, None) as calls:
         _, embeddings, _ = scored(*argv)
     assert len(calls) == 4  # 7, 7, 7 and 3 images
     model, _ = load_checkpoint(run / "last.pth")

@@ -19,7 +19,7 @@ from datasets.arrays import load_split
 from datasets.views import center_crops
 from models import build_model, load_checkpoint
 from models.closed_form import closed_form_head
-from utils.features import extract_features
+from utils.features import pooled_features
 from utils.runs import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,7 +110,7 @@ def test_a_refitted_head_is_the_closed_form_of_the_trained_features(data, tmp_pa
     run = trained(data, tmp_path, *powers, recipe="best", lr=1e-3)
     model, _ = load_checkpoint(run.run / "last.pth")
     crops = center_crops(load_split(data, "tiny", "training"), 100)
-    pooled, _ = extract_features(model, crops, flip=True)
+    (pooled,) = pooled_features(model, crops, flip=True)
     weight, bias = closed_form_head(pooled, 16, "whiten", 0.7)  # the start had 0.6
     torch.testing.assert_close(model.feat_ext[0].weight, weight, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(model.feat_ext[0].bias, bias, rtol=1e-3, atol=1e-4)

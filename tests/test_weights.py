@@ -19,7 +19,7 @@ from models import build_model, weights
 from models.googlenet import CAFFE_BLOCKS
 from models.weights import read_hdf5_arrays
 from utils.errors import UserError
-from utils.features import extract_features
+from utils.features import embeddings_of, pooled_features
 from utils.metrics import recall_at_k
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,7 +289,8 @@ def test_real_weights_retrieve_real_birds(shared):
         square = Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
         images.append(np.asarray(square)[16:240, 16:240])
     batches = torch.from_numpy(np.stack(images)).split(40)
-    pooled, embeddings = extract_features(model, batches)
+    (pooled,) = pooled_features(model, batches)
+    embeddings = embeddings_of(model, pooled)
     assert pooled.shape == (160, 512) and embeddings.shape == (160, 128)
     labels = np.repeat(np.arange(8), 20)
     assert recall_at_k(torch.nn.functional.normalize(pooled), labels)[1] > 0.5

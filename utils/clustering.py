@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.progress import progress
 from utils.retrieval import as_matrix
 
 try:
@@ -141,7 +141,8 @@ def approximate_kmeans(
     k-means from one random start, where a row is assigned to the nearest of those centroids that
     lie in the NPROBE nearest of about sqrt(NPROBE * k) cells.
 
-    Args and results are those of `kmeans`. Raises as it does, and UserError without faiss.
+    Args and results are those of `kmeans`, but for n_init and engine. Raises as it does, and
+    UserError without faiss.
     """
     pick_engine("faiss")
     rows, center = _centered(_checked(features, k))
@@ -232,9 +233,7 @@ def _results(
     return *results, inertia
 
 
-def choose_k(
-    features: np.ndarray, seed: int = 0, progress: Callable[[Iterable, str], Iterable] | None = None
-) -> tuple[int, dict[int, float]]:
+def choose_k(features: np.ndarray, seed: int = 0) -> tuple[int, dict[int, float]]:
     """Choose a number of clusters by their stability.
 
     Halves of the rows are clustered apart, and both results divide all rows. The stability of k is
@@ -242,9 +241,7 @@ def choose_k(
     is the largest whose stability is STABLE of the best one's. At most STABILITY_ROWS random rows
     are looked at, so that more than a third of their half is never chosen.
 
-    Args:
-        features: (N, D), at least 2 * FEWEST_CLUSTERS rows.
-        progress: wraps the candidates and a title.
+    features: (N, D), at least 2 * FEWEST_CLUSTERS rows.
 
     Returns k and the stability of each candidate.
     """
@@ -254,7 +251,7 @@ def choose_k(
     grid = np.geomspace(FEWEST_CLUSTERS, largest, 12).round().astype(int)
     candidates = np.unique(grid).tolist()
     stability = {}
-    for k in progress(candidates, "number of clusters") if progress else candidates:
+    for k in progress(candidates, "number of clusters"):
         agreements = []
         for _ in range(STABILITY_REPEATS):
             order = generator.permutation(len(rows))
@@ -277,8 +274,7 @@ def nearest_centroids(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 def distances_to(rows: np.ndarray, centroids: np.ndarray, assignments: np.ndarray) -> np.ndarray:
     """Return the distance (N,) of each row (N, D) to its own of the centroids (K, D)."""
-    distances = np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), BLOCK):
-        block = slice(start, start + BLOCK)
-        distances[block] = np.linalg.norm(rows[block] - centroids[assignments[block]], axis=1)
-    return distances
+    starts = range(0, len(rows), BLOCK)
+    blocks = (slice(start, start + BLOCK) for start in starts)
+    parts = [np.linalg.norm(rows[b] - centroids[assignments[b]], axis=1) for b in blocks]
+    return np.concatenate(parts)

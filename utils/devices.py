@@ -21,8 +21,8 @@ def choose_device(name: str, processes: Processes = ALONE) -> torch.device:
     """Return the device of this process: "auto" takes a GPU of its own if there is one, else the
     CPU; "cuda:1" is that GPU.
 
-    Raises UserError for another name, and if cuda is asked for and absent, or has fewer GPUs than
-    processes.
+    Raises UserError for another name, if cuda is asked for and absent, and if there are GPUs, but
+    fewer than processes.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise UserError(f"device {name}: choose auto, cpu, cuda or cuda:1")

@@ -136,8 +136,9 @@ class Processes:
         return result
 
     def labels_from_first(self, labels: Tensor) -> Tensor:
-        """Return the first process's labels (same shape everywhere), without copies through the
-        host.
+        """Put the first process's labels into `labels` (same shape everywhere), and return them.
+
+        They are not copied through the host.
         """
         if self.count > 1:
             dist.broadcast(labels, 0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+from utils.progress import progress
 
 BLOCK = 1024  # rows that are compared with all others at once
 MOST_PAIRS = 10_000_000  # that are held, beside a link for each row
@@ -14,10 +16,7 @@ ROUNDING = 1e-6  # of a cosine in float32
 
 
 def duplicate_groups(
-    rows: np.ndarray,
-    contents: Sequence[str],
-    similarity: float,
-    progress: Callable[[Iterable, str], Iterable] | None = None,
+    rows: np.ndarray, contents: Sequence[str], similarity: float
 ) -> list[np.ndarray]:
     """Group rows that are duplicates of each other, directly or by way of others.
 
@@ -25,7 +24,6 @@ def duplicate_groups(
         rows: (N, D) of unit length.
         contents: N hashes of the files, "" if unknown; equal ones make duplicates.
         similarity: the cosine from which on two rows are duplicates.
-        progress: wraps the blocks of the comparison and a title.
 
     Returns the row numbers of each group of two or more, the largest group first.
     """
@@ -33,8 +31,7 @@ def duplicate_groups(
     equal = [(row, first_of.setdefault(c, row)) for row, c in enumerate(contents) if c]
     links = _Links(len(rows))
     links.add(np.array(equal, np.int64).reshape(-1, 2))
-    starts = range(0, len(rows), BLOCK)
-    for start in progress(starts, "comparing") if progress else starts:
+    for start in progress(range(0, len(rows), BLOCK), "comparing"):
         block = rows[start : start + BLOCK].astype(np.float32)
         for other in range(start, len(rows), 16 * BLOCK):
             cosines = block @ rows[other : other + 16 * BLOCK].astype(np.float32).T

@@ -189,7 +189,8 @@ class EmbeddingStore:
     def _open(self, paths: dict[str, Path]) -> Embeddings | None:
         """Open files of the same network, None if some are missing.
 
-        Files of another network or folder are an error, and count as missing if overwritten.
+        Files of another network or folder are an error, unless they may be overwritten: then those
+        of another network count as missing, while rows of the same images elsewhere are kept.
         """
         if not all(path.exists() for path in paths.values()):
             return None

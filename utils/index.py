@@ -34,7 +34,8 @@ class Index:
     """Finds the rows that are nearest to queries, by Euclidean distance.
 
     Attributes:
-        rows: float32 or float16 array (N, D), perhaps memory-mapped; faiss holds a copy.
+        rows: float32 or float16 array (N, D), perhaps memory-mapped; faiss holds a copy, codes of
+            them, or a memory-mapped file.
         kind: one of `KINDS`, or a text of faiss's index factory.
         row_of: (M,) the row at each place of the faiss index, -1 for one that is gone; None: the
             places are those of the rows.

@@ -38,14 +38,16 @@ def start_log(folder: Path, name: str) -> None:
     log.propagate = False
 
 
-def log_start(args: argparse.Namespace, device: torch.device, remarks: list[str]) -> None:
+def log_start(
+    args: argparse.Namespace, device: torch.device, has_batch_norm: bool, remarks: list[str]
+) -> None:
     """Log what is trained on what, and remarks about it."""
     for remark in remarks:
         log.info(f"{args.dataset}: {remark}")
     log.info(f"recipe {args.recipe}: {args.backbone} on {device} in {args.precision}")
     if args.precision == "bf16" and not has_fast_bf16(device):
         log.info("this processor has no bfloat16 instructions: bf16 is slower than fp32 here")
-    if args.weights == "none" and not args.train_batch_norm:
+    if has_batch_norm and args.weights == "none" and not args.train_batch_norm:
         log.info("random weights bring no statistics for batch norm; train_batch_norm makes them")
 
 

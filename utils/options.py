@@ -85,6 +85,20 @@ def name_of(choices: Iterable[str], prefix: str | None = None) -> Callable[[str]
     return parse
 
 
+def name_or(names: Sequence[str], kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return an argparse type: one of `names`, or what `kind` takes."""
+
+    def parse(text: str) -> Any:
+        if text in names:
+            return text
+        try:
+            return kind(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}; or give {', '.join(names)}") from None
+
+    return parse
+
+
 def folder_name(text: str) -> str:
     """Argparse type: the plain name of one folder, without separators and not hidden."""
     if not text or text.startswith(".") or "/" in text or "\\" in text:

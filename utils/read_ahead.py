@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 class ReadAhead:
     """Iterates make(task) for each task in order, computed ahead by threads; without workers on
-    demand. Its length is that of the tasks.
+    demand. Its length is that of the tasks, if they have one.
     """
 
     def __init__(self, make: Callable, tasks: Iterable, workers: int) -> None:

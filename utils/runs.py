@@ -243,9 +243,9 @@ def find_checkpoint(path: str) -> Path:
     if Path(path).is_file() or not folder.is_dir():
         return Path(path)
     metrics = folder / METRICS
-    is_begun = metrics.is_file() and not metrics.stat().st_size  # stopped within its first epoch
+    has_no_epoch = metrics.is_file() and not metrics.stat().st_size  # stopped within its first
     for name in (BEST, LAST):
-        if (folder / name).is_file() and not is_begun:
+        if (folder / name).is_file() and not has_no_epoch:
             return folder / name
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: is not the folder of a run (no {CONFIG}), nor a checkpoint")
