@@ -39,12 +39,13 @@ def build(rows_file: Path, kind: str, file: Path) -> dict[str, float]:
     """Build an index and write it: seconds, peak memory and size in MiB."""
     started = time.perf_counter()
     index = Index(np.load(rows_file, mmap_mode="r"), kind)
-    faiss.write_index(index.faiss, str(file))
+    if index.faiss is not None:
+        faiss.write_index(index.faiss, str(file))
     seconds = time.perf_counter() - started
     return {
         "build_s": round(seconds, 1),
         "build_memory_mb": round(peak_memory()),
-        "file_mb": round(file.stat().st_size / 2**20),
+        "file_mb": round(file.stat().st_size / 2**20) if file.exists() else 0,
     }
 
 
@@ -54,7 +55,9 @@ def search(rows_file: Path, kind: str, file: Path, turns: int, drawn: np.ndarray
     queries = rows[np.sort(drawn)].astype(np.float32)
     results = []
     for nprobe in (1,) if kind == "exact" else NPROBES:
-        opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+        opened = None
+        if kind != "exact":
+            opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
         efforts = {"nprobe": nprobe, "ef_search": 4 * nprobe}
         index = Index(rows, kind, opened=opened, **efforts)
         results.append(efforts | searched(index, queries, turns))
@@ -95,7 +98,7 @@ def measure(options: argparse.Namespace, count: int, folder: Path) -> dict[str, 
             for figures in alone.submit(*order).result():
                 title = kind if kind == "exact" else f"{kind}, nprobe {figures['nprobe']}"
                 ways[title] = built | figures
-        file.unlink()
+        file.unlink(missing_ok=True)
     rows_file.unlink()
     return {"shape": list(shape), "ways": ways}
 

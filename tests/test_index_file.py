@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.index import Index
 from utils.index_file import kept_index, row_keys
 
-KINDS = ["exact", "ivf", "hnsw", "IVF4,PQ4x4", "PCA8,Flat"]
+KINDS = ["ivf", "hnsw", "IVF4,PQ4x4", "PCA8,Flat"]
 OPTIONS = {"nprobe": 1000, "ef_search": 1200}
 
 
@@ -29,7 +29,7 @@ def rows() -> np.ndarray:
 
 
 def kept(
-    rows: np.ndarray, file: Path, kind: str | None = None, network: str = "net", **other: object
+    rows: np.ndarray, file: Path, kind: str | None = "hnsw", network: str = "net", **other: object
 ) -> tuple[Index, str]:
     facts = {"network_sha256": network, "source": hashlib.sha256(rows.tobytes()).hexdigest()}
     facts |= {"checkpoint": file.name, "flip_eval": False} | other
@@ -52,26 +52,31 @@ def assert_finds(index: Index, rows: np.ndarray, is_exact: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_built_opened_grown_and_thinned(tmp_path, rows, kind):
     file = tmp_path / "photos.index"
-    is_exact = kind in {"exact", "ivf", "hnsw"}
+    is_exact = kind in {"ivf", "hnsw"}
     order = np.random.default_rng(1).permutation(900)
     first = rows[np.sort(order[:800])]
     index, done = kept(first, file, kind)
     assert done == "built"
     assert_finds(index, first, is_exact)
-    index, done = kept(first, file)
+    index, done = kept(first, file, None)
     assert (done, index.kind) == ("opened", kind)
     assert_finds(index, first, is_exact)
     mixed = rows[np.sort(order[50:])]  # 50 are gone, 100 lie between the others
     index, done = kept(mixed, file, kind)
-    grown = "built anew, as 50 rows are gone" if kind == "exact" else "opened, 100 rows added"
-    assert done == grown
+    assert done == "opened, 100 rows added"
     assert_finds(index, mixed, is_exact)
-    index, done = kept(mixed, file)
+    index, done = kept(mixed, file, None)
     assert done == "opened"
     assert_finds(index, mixed, is_exact)
-    index, done = kept(rows[:500], file)
+    index, done = kept(rows[:500], file, None)
     assert done.startswith("built anew, as ")
     assert_finds(index, rows[:500], is_exact)
+
+
+def test_exact_search_keeps_nothing(tmp_path, rows):
+    index, done = kept(rows, tmp_path / "photos.index", None)
+    assert done.startswith("not needed") and index.faiss is None
+    assert [file.name for file in tmp_path.iterdir()] == ["photos.npy"]
 
 
 def test_equal_rows_have_keys_of_their_own(rows):

@@ -34,8 +34,8 @@ class Index:
     """Finds the rows that are nearest to queries, by Euclidean distance.
 
     Attributes:
-        rows: float32 or float16 array (N, D), perhaps memory-mapped; faiss holds a copy, codes of
-            them, or a memory-mapped file.
+        rows: float32 or float16 array (N, D), perhaps memory-mapped.
+        faiss: faiss's index of a copy or of codes of the rows; None: exact search needs none.
         kind: one of `KINDS`, or a text of faiss's index factory.
         row_of: (M,) the row at each place of the faiss index, -1 for one that is gone; None: the
             places are those of the rows.
@@ -66,10 +66,10 @@ class Index:
         self.kind = kind
         self.seed = seed
         self.row_of = row_of
-        self.faiss = opened or self._built()
-        cells = faiss.try_extract_index_ivf(self.faiss)
-        if cells is not None:
-            cells.nprobe = min(nprobe, cells.nlist)
+        self.faiss = opened or (None if kind == "exact" else self._built())
+        self.cells = faiss.try_extract_index_ivf(self.faiss) if self.faiss else None
+        if self.cells is not None:
+            self.cells.nprobe = min(nprobe, self.cells.nlist)
         if hasattr(self.faiss, "hnsw"):
             self.faiss.hnsw.efSearch = ef_search
 
@@ -79,9 +79,8 @@ class Index:
         if self.kind == "exact":
             return "exact search"
         words = [self.kind]
-        cells = faiss.try_extract_index_ivf(self.faiss)
-        if cells is not None:
-            words += [f"{cells.nlist} cells", f"{cells.nprobe} looked into"]
+        if self.cells is not None:
+            words += [f"{self.cells.nlist} cells", f"{self.cells.nprobe} looked into"]
         if hasattr(self.faiss, "hnsw"):
             candidates = self.faiss.hnsw.efSearch
             words += [f"{HNSW_LINKS} links" * (self.kind == "hnsw"), f"{candidates} candidates"]
@@ -90,9 +89,7 @@ class Index:
     def _built(self) -> faiss.Index:
         dimension = self.rows.shape[1]
         try:
-            if self.kind == "exact":
-                index = faiss.IndexFlatL2(dimension)
-            elif self.kind == "ivf":
+            if self.kind == "ivf":
                 index = self._train_ivf()
             elif self.kind == "hnsw":
                 index = faiss.IndexHNSWFlat(dimension, HNSW_LINKS)
@@ -160,6 +157,8 @@ class Index:
 
     def _nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Return row numbers (Q, k), nearest first; -1 where the index finds no more."""
+        if self.faiss is None:
+            return nearest_exactly(self.rows, queries, k)
         if self.row_of is None:
             return self.faiss.search(queries, k)[1]
         n_gone = int((self.row_of < 0).sum())

@@ -29,7 +29,7 @@ def kept_index(
     """Open the index in a file and add what is new, or build it and write it there.
 
     Args:
-        kind: of the index; None: as it is in the file, or exact.
+        kind: of the index; None: as it is in the file, or exact, for which nothing is kept.
         options: of `Index`.
 
     Returns the index, and what was done, in words. Raises UserError if the file holds an index of
@@ -44,6 +44,8 @@ def kept_index(
         raise UserError(f"{file}: an index of the kind {facts_there['kind']}; name another file")
     kind = kind or facts_there.get("kind", "exact")
     rows = embeddings.rows
+    if kind == "exact":
+        return Index(rows), "not needed, as exact search reads the embeddings themselves"
     facts_of_rows = {k: v for k, v in embeddings.facts.items() if k not in NOT_COMPARED}
     images = hashlib.sha256(json.dumps(facts_of_rows, sort_keys=True).encode()).hexdigest()
     facts = {"network": network, "images": images, "kind": kind}
@@ -54,8 +56,7 @@ def kept_index(
     old_keys = arrays.get("keys", keys[:0])
     row_of = _places(old_keys, keys)
     n_gone = int((row_of < 0).sum())
-    most_gone = 0 if kind == "exact" else MOST_GONE * len(row_of)  # exact costs a copy alone
-    if opened is None or is_torn or n_gone > most_gone:
+    if opened is None or is_torn or n_gone > MOST_GONE * len(row_of):
         index = Index(rows, kind, **options)
         _write(file, index, facts, keys, np.arange(len(rows)))
         return index, f"built anew, as {n_gone} rows are gone" if n_gone else "built"
