@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def check_effort(args: argparse.Namespace, kind: str) -> None:
     """Raise UserError for a given option that this kind of index does not read."""
     for name, reader in (("nprobe", "ivf"), ("ef_search", "hnsw")):
-        if name in args.given and kind in set(KINDS) - {reader}:
+        if name in args.given and reader not in kind.lower():
             raise UserError(f"--{name} goes with --index {reader}; this index is {kind}")
 
 

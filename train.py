@@ -210,6 +210,9 @@ class Job:
             check_classes(self.held_out.labels)
         if args.n_images:
             self.training = self.training.sample(args.n_images, args.seed)
+        self.labels = None
+        if METHODS[args.method].uses_labels:
+            self.labels = torch.from_numpy(self.training.class_numbers())
         check_crop_size(args.backbone, crop_size(size))
 
     def bring_images(self) -> None:
@@ -254,10 +257,13 @@ class Job:
             self.model.base_model = network
         self.model.train_parts(args.train_stages, args.train_batch_norm)
         make_method = METHODS[args.method]
-        facts = {"n_images": len(self.training), "processes": self.processes}
-        if make_method.uses_labels:
-            facts["labels"] = torch.from_numpy(self.training.class_numbers())
-        self.method = make_method(self.model, args, **facts).to(self.device)
+        self.method = make_method(
+            self.model,
+            args,
+            n_images=len(self.training),
+            labels=self.labels,
+            processes=self.processes,
+        ).to(self.device)
         self.training_step = self.processes.parallel(self.method, self.device, self.method.uses_all)
         make_optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer]
         self.optimizer = make_optimizer(self.method.parameter_groups(args.lr), lr=args.lr)

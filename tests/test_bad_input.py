@@ -86,7 +86,7 @@ TRAIN = [
     ("--head_init=pca --whiten_power=1", "go with --head_init whiten"),
     ("--data_on=device", "there is no GPU to hold the images"),
     ("--model_name=done", "runs/done: holds a run already"),
-    ("--checkpoint_dir=file", "file/new: cannot be written"),
+    ("--checkpoint_dir=file", "is not a folder; choose another place for the run"),
     ("--resume=runs/done --overwrite", "--overwrite was"),
     ("--resume=runs/begun", "runs/begun: no run lies there"),
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import DivergedError, UserError
-from utils.files import FolderLock, disk_faults, write_text, written_whole
+from utils.files import FolderLock, check_writable, disk_faults, write_text, written_whole
 from utils.torch_files import read_torch_file, write_torch_file
 
 CONFIG = "config.json"
@@ -104,7 +104,8 @@ class RunFolder:
         self._lock: FolderLock | None = None
 
     def check_free(self, may_hold_run: bool) -> None:
-        """Raise UserError if the folder holds a run already, unless it may."""
+        """Raise UserError if it cannot be written in, or holds a run already, unless it may."""
+        check_writable(self.path, "choose another place for the run")
         if any((self.path / name).exists() for name in (LAST, BEST)) and not may_hold_run:
             raise UserError(
                 f"{self.path}: holds a run already; resume it, choose another name for the new "
