@@ -28,7 +28,7 @@ from utils.errors import UserError, run_script
 from utils.files import check_writable, written_whole
 from utils.options import LARGEST_SEED, Parser, name_or, path_name, real, target_file, whole
 from utils.signals import StopRequest
-from utils.tables import CSV_FORMAT, csv_writer
+from utils.tables import write_table
 
 SIMILARITY = 0.95  # measured in docs/photos.md
 STARTS, ITERATIONS = 5, 100  # of k-means
@@ -174,10 +174,8 @@ def write_files(
         tiles: row numbers of the images on each row of the sheet; texts: of these rows.
     """
     paths = file.columns["path"]
-    with written_whole(args.out) as beside, open(beside, "w", **CSV_FORMAT) as out:
-        writer = csv_writer(out)
-        writer.writerow(columns)
-        writer.writerows(table)
+    with written_whole(args.out) as beside:
+        write_table(beside, columns, table)
     if args.sheet and not tiles:
         print(f"{args.sheet}: is not written, as there are no groups")
     elif args.sheet:

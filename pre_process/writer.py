@@ -8,22 +8,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from datasets.images import UnreadableError, decode_image
 from pre_process.raw_lists import Half, check_sizes
 from utils.errors import UserError
-from utils.files import check_writable, disk_faults, made_folder, written_whole
+from utils.files import NpyWriter, check_writable, disk_faults, made_folder, written_whole
 from utils.progress import progress
 from utils.read_ahead import ReadAhead
 from utils.signals import StopRequest
-from utils.tables import CSV_FORMAT, csv_writer
+from utils.tables import write_table
 
-BYTES_PER_TASK = 2**20  # of pixels: small, so that memory stays small and the last worker ends soon
 ELSEWHERE = "make room there or choose another folder"
 
 MakeRow = Callable[[Any, int], np.ndarray]
@@ -82,9 +80,8 @@ def write_splits(
         with stop.at_once():
             written = []
             for split in splits:
-                make = partial(make_rows, make_row, image_size, skip_bad)
-                tasks = chunks(split.sources, image_size)
-                rows = chain.from_iterable(ReadAhead(make, tasks, workers))
+                make = partial(checked_row, make_row, image_size, skip_bad)
+                rows = ReadAhead(make, split.sources, workers)
                 stem = out_dir / f"{split.name}_{dataset}_{image_size}resized"
                 written.append(write_split(files, stem, split, image_size, rows))
             name = out_dir / f"{dataset}_{image_size}resized_unreadable.csv"
@@ -133,41 +130,22 @@ def write_images(
 
     Returns number and reason of the others, and how many rows have the pixels of another one.
     """
-    n_rows = len(split.sources)
     unreadable = {}
     contents: Counter[int] = Counter()
-    with open(path, "wb") as out:
-        write_header(out, n_rows, image_size)
-        for number, row in enumerate(progress(rows, split.name, n_rows)):
+    with NpyWriter(path, "uint8", (image_size, image_size, 3)) as out:
+        for number, row in enumerate(progress(rows, split.name, len(split.sources))):
             if isinstance(row, str):
                 unreadable[number] = row
             else:
-                out.write(row.data)
+                out.write(row[None])
                 contents[hash(row.tobytes())] += 1
-        out.seek(0)
-        write_header(out, n_rows - len(unreadable), image_size)
     return unreadable, sum(count for count in contents.values() if count > 1)
-
-
-def write_header(out: BinaryIO, n_rows: int, image_size: int) -> None:
-    """Write the header of an .npy file of images, whose length is the same for every `n_rows`."""
-    shape = (n_rows, image_size, image_size, 3)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(out, header)
 
 
 def write_integers(path: Path, values: Sequence[int]) -> None:
     """Write an .npy file of int64."""
     with open(path, "wb") as out:  # np.save would add .npy to the path
         np.save(out, np.asarray(values, np.int64))
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV file; a file name that is not UTF-8 keeps its bytes."""
-    with open(path, "w", **CSV_FORMAT) as out:
-        table = csv_writer(out)
-        table.writerow(columns)
-        table.writerows(rows)
 
 
 def path_rows(split: Half) -> Iterator[tuple[str, str]]:
@@ -186,26 +164,16 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def make_rows(
-    make_row: MakeRow, image_size: int, skip_bad: bool, sources: Sequence[Any]
-) -> list[np.ndarray | str]:
-    """Make the rows of some sources, in a worker; with `skip_bad` a text says why there is none."""
-    rows: list[np.ndarray | str] = []
-    for source in sources:
-        try:
-            row = make_row(source, image_size)
-        except UnreadableError as error:
-            if not skip_bad:
-                raise
-            rows.append(str(error))
-            continue
-        if row.shape != (image_size, image_size, 3) or row.dtype != np.uint8:
-            raise ValueError(f"{source!r} made a row of shape {row.shape} and type {row.dtype}")
-        rows.append(np.ascontiguousarray(row))
-    return rows
-
-
-def chunks(sources: Sequence[Any], image_size: int) -> Iterator[Sequence[Any]]:
-    """Cut `sources` into the tasks of workers."""
-    step = max(1, BYTES_PER_TASK // (image_size**2 * 3))
-    return (sources[first : first + step] for first in range(0, len(sources), step))
+def checked_row(
+    make_row: MakeRow, image_size: int, skip_bad: bool, source: Any
+) -> np.ndarray | str:
+    """Make the row of a source; with `skip_bad` a text says why there is none."""
+    try:
+        row = make_row(source, image_size)
+    except UnreadableError as error:
+        if not skip_bad:
+            raise
+        return str(error)
+    if row.shape != (image_size, image_size, 3) or row.dtype != np.uint8:
+        raise ValueError(f"{source!r} made a row of shape {row.shape} and type {row.dtype}")
+    return row

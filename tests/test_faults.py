@@ -99,7 +99,11 @@ def test_a_log_that_cannot_be_written(data, tmp_path):
 
 def test_places_that_cannot_be_written(data, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    failed(execute(*options(data, tmp_path / "file")), tmp_path / "file", "is not a folder; choose another place")
+    failed(
+        execute(*options(data, tmp_path / "file")),
+        tmp_path / "file",
+        "is not a folder; choose another place",
+    )
     result = execute(*options(data, tmp_path, log_dir=tmp_path / "file"))
     failed(result, tmp_path / "file", "choose another folder for the log")
 

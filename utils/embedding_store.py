@@ -31,7 +31,14 @@ from utils.embeddings import (
     read_facts,
 )
 from utils.errors import UserError
-from utils.files import FolderLock, disk_faults, sync_folder, write_json, written_whole
+from utils.files import (
+    FolderLock,
+    NpyWriter,
+    disk_faults,
+    sync_folder,
+    write_json,
+    written_whole,
+)
 from utils.tables import CSV_FORMAT, csv_writer
 
 SAVE_EVERY = 10.0  # seconds of work that a kill may cost
@@ -137,32 +144,25 @@ class EmbeddingStore:
 
     def _write(self, paths: dict[str, Path], batches: Iterable[tuple]) -> None:
         """Write three files whole, FILE.json last: without it the others do not count."""
-        dtype = np.dtype(self.facts["dtype"]).newbyteorder("<")
-        header = {"descr": dtype.str, "fortran_order": False}
-        width = self.facts["dimension"]
-        n_rows = 0
         unreadable = []
         with (
             disk_faults(self.file, NO_ROOM),
             written_whole(paths["npy"]) as npy,
             written_whole(paths["csv"]) as csv,
-            open(npy, "wb") as array,
+            NpyWriter(npy, self.facts["dtype"], (self.facts["dimension"],)) as array,
             open(csv, "w", **CSV_FORMAT) as lines,
         ):
             table = csv_writer(lines)
             table.writerow(COLUMNS)
-            np.lib.format.write_array_header_1_0(array, header | {"shape": (0, width)})
             for rows, listed, bad in batches:
-                array.write(rows.astype(dtype).tobytes())
+                array.write(rows)
                 table.writerows(listed)
-                n_rows += len(rows)
                 unreadable += bad
-            array.seek(0)  # the length of the header does not depend on the number of rows
-            np.lib.format.write_array_header_1_0(array, header | {"shape": (n_rows, width)})
-            if n_rows == 0:
+            if array.n_rows == 0:
                 raise UserError(f"{self.file}: none of the images can be read")
+        facts = self.facts | {"rows": array.n_rows, "unreadable": unreadable}
         with disk_faults(self.file, NO_ROOM):
-            write_json(paths["json"], self.facts | {"rows": n_rows, "unreadable": unreadable})
+            write_json(paths["json"], facts)
 
     def _publish(self) -> None:
         """Move the joined files to their names, or go on with that after a kill."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import numpy as np
+
 from utils.errors import UserError
 
 
@@ -38,6 +40,41 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             error.filename = str(path)
         raise
     sync_folder(path.parent)
+
+
+class NpyWriter:
+    """Writes an .npy file some rows after the others, byte for byte as numpy saves all of them.
+
+    Attributes:
+        n_rows: rows written so far.
+    """
+
+    def __init__(self, path: str | os.PathLike, dtype: str, row_shape: tuple[int, ...]) -> None:
+        self.n_rows = 0
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._row_shape = row_shape
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._write_header()
+
+    def _write_header(self) -> None:
+        """Write the header, whose length does not depend on the number of rows."""
+        shape = (self.n_rows, *self._row_shape)
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def write(self, rows: np.ndarray) -> None:
+        """Write rows (n, *row_shape)."""
+        self._file.write(rows.astype(self._dtype, copy=False).tobytes())
+        self.n_rows += len(rows)
+
+    def __enter__(self) -> NpyWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                self._file.seek(0)
+                self._write_header()
 
 
 @contextmanager

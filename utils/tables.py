@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +20,14 @@ def csv_writer(file: IO[str]) -> csv.writer:
     """Return a writer of rows for a file that was opened by `CSV_FORMAT`."""
     # With these ends of lines the module quotes carriage returns in names, too.
     return csv.writer(file, lineterminator="\r\n")
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file; a file name that is not UTF-8 keeps its bytes."""
+    with open(path, "w", **CSV_FORMAT) as out:
+        table = csv_writer(out)
+        table.writerow(columns)
+        table.writerows(rows)
 
 
 def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
