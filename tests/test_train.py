@@ -161,16 +161,6 @@ def test_places_of_a_run(data, tmp_path):
     assert {name: train.parse_args([f"--dataset={name}"]).model_name for name in names} == names
 
 
-def test_positives_are_mined_on_cub200_alone(tmp_path):
-    def rows(dataset: str, positives: str) -> list:
-        write_dataset(tmp_path, dataset)
-        folder = tmp_path / f"{dataset} {positives}"
-        return trained(tmp_path, folder, dataset=dataset, positives=positives).rows
-
-    assert rows("cub200", "auto") == rows("cub200", "nn") != rows("cub200", "self")
-    assert rows("car196", "auto") == rows("car196", "self")
-
-
 def test_image_size_is_chosen_among_several(tmp_path):
     for size in (24, 40):
         write_dataset(tmp_path / "data", size=size)

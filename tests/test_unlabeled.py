@@ -11,9 +11,6 @@ import torch
 from raw_folders import save_photo
 from scripts import Outcome, run_in_process
 
-from datasets.arrays import load_split
-from utils.errors import UserError
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -65,12 +62,3 @@ def test_the_test_script_saves_embeddings(data):
     assert (done.code, done.err) == (0, "")
     assert "labels" in done.out
     assert np.load(data / "e.npy").shape == (2, 16)
-
-
-def test_labels_for_some_images_only_are_refused(data):
-    file = data / "mine" / "training_mine_16resized_label.npy"
-    labels = np.load(file)
-    labels[1] = 4
-    np.save(file, labels)
-    with pytest.raises(UserError, match=r"-1 \(no label\) beside labels"):
-        load_split(data, "mine", "training")
