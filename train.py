@@ -302,11 +302,13 @@ class Job:
         return pooled
 
     def fit_head(self, at_end: bool = False) -> None:
-        """Give the embedding head a closed form, by the features of the training images.
+        """Give the embedding head a closed form, unless it is random, by the training images.
 
         at_end: that of the end of an epoch (--refit_head); else that of its beginning.
         """
         args = self.args
+        if args.head_init == "random":
+            return
         pooled, _ = self.features()
         kind = args.head_init
         power = args.whiten_power
@@ -369,7 +371,7 @@ def train_epoch(job: Job, epoch: int) -> dict:
     if not state.is_begun:
         with job.stop.at_once(), state.timed("features"):
             is_another = args.refit_head not in ("off", "start")  # than an epoch begins with
-            if args.head_init != "random" and (epoch == 1 or is_another):
+            if epoch == 1 or is_another:
                 job.fit_head()
             state.logged = method.begin_epoch(epoch, job.features)
             job.forget_moments(method.restarted())
@@ -411,8 +413,7 @@ def train(job: Job) -> None:
     state = job.state
     if args.n_epoch == 0 and not state.rows:
         with job.stop.at_once():
-            if args.head_init != "random":
-                job.fit_head()
+            job.fit_head()
             scores = job.evaluate()
         job.end_epoch({"epoch": 0} | scores)
     for epoch in range(state.epoch + 1, args.n_epoch + 1):

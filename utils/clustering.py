@@ -274,7 +274,8 @@ def nearest_centroids(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 def distances_to(rows: np.ndarray, centroids: np.ndarray, assignments: np.ndarray) -> np.ndarray:
     """Return the distance (N,) of each row (N, D) to its own of the centroids (K, D)."""
-    starts = range(0, len(rows), BLOCK)
-    blocks = (slice(start, start + BLOCK) for start in starts)
-    parts = [np.linalg.norm(rows[b] - centroids[assignments[b]], axis=1) for b in blocks]
-    return np.concatenate(parts)
+    distances = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), BLOCK):
+        block = slice(start, start + BLOCK)
+        distances[block] = np.linalg.norm(rows[block] - centroids[assignments[block]], axis=1)
+    return distances

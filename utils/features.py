@@ -52,13 +52,19 @@ def pooled_features(
     finally:
         model.train(was_training)
     parts = processes.gather_batches(parts)
-    features = [torch.cat(rows) for rows in zip(*parts, strict=True)]
-    if not all(rows.isfinite().all() for rows in features):
-        raise DivergedError("the network's features are not finite: its training diverged")
-    return features
+    return [_finite(torch.cat(rows)) for rows in zip(*parts, strict=True)]
 
 
 @torch.no_grad()
 def embeddings_of(model: Any, pooled: Tensor) -> Tensor:
-    """Return the embeddings (N, D) of pooled features (N, C), on the CPU."""
-    return model.embed(pooled.to(next(model.parameters()).device)).cpu()
+    """Return the embeddings (N, D) of pooled features (N, C), on the CPU.
+
+    Raises DivergedError if one is not finite.
+    """
+    return _finite(model.embed(pooled.to(next(model.parameters()).device)).cpu())
+
+
+def _finite(features: Tensor) -> Tensor:
+    if not features.isfinite().all():
+        raise DivergedError("the network's features are not finite: its training diverged")
+    return features
