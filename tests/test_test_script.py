@@ -204,9 +204,10 @@ def test_a_run_is_found_by_its_folder_and_by_its_published_name(scored, run, tmp
     assert scores["checkpoint"] == str(tmp_path / "run.pth")
 
 
-def test_a_network_that_diverged(execute, tmp_path, run):
+@pytest.mark.parametrize("name", ["base_model.conv1.weight", "feat_ext.0.weight"])
+def test_a_network_that_diverged(execute, tmp_path, run, name):
     saved = torch.load(run / "last.pth")
-    saved["model"]["base_model.conv1.weight"] *= 1e38
+    saved["model"][name] *= 1e38 if name.startswith("base") else torch.nan
     torch.save(saved, tmp_path / "huge.pth")
     refused = execute("--checkpoint_path", tmp_path / "huge.pth")
     failed(refused, "features are not finite", code=3)
