@@ -204,10 +204,9 @@ def test_a_run_is_found_by_its_folder_and_by_its_published_name(scored, run, tmp
     assert scores["checkpoint"] == str(tmp_path / "run.pth")
 
 
-@pytest.mark.parametrize("name", ["base_model.conv1.weight", "feat_ext.0.weight"])
-def test_a_network_that_diverged(execute, tmp_path, run, name):
+def test_a_network_that_diverged(execute, tmp_path, run):
     saved = torch.load(run / "last.pth")
-    saved["model"][name] *= 1e38 if name.startswith("base") else torch.nan
+    saved["model"]["base_model.conv1.weight"] *= 1e38
     torch.save(saved, tmp_path / "huge.pth")
     refused = execute("--checkpoint_path", tmp_path / "huge.pth")
     failed(refused, "features are not finite", code=3)
