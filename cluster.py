@@ -134,7 +134,7 @@ def find_clusters(args: argparse.Namespace, file: Embeddings) -> None:
 
 
 def find_duplicates(args: argparse.Namespace, file: Embeddings) -> None:
-    """Find images that show the same; the first of a group is the one that comes first by path."""
+    """Find images that show the same; the first of a group is that of the first row."""
     contents = file.columns.get("sha256", [""] * len(file.rows))
     groups = duplicate_groups(file.rows, contents, args.duplicates)
     table = []

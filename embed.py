@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load_embedder(args: argparse.Namespace, device: torch.device) -> Embedder:
     """Load the network that the options name."""
     return Embedder(
-        args.checkpoint_path or args.backbone,
+        Path(args.checkpoint_path) if args.checkpoint_path else args.backbone,
         args.weights,
         device=device,
         image_size=args.image_size,

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 
 import utils.threads  # noqa: F401
 
@@ -39,7 +40,7 @@ class Embedder:
     """Turns images into rows of unit length: a checkpoint's embedding, or pooled features.
 
     Attributes:
-        facts: all that decides what the rows are; equal facts mean equal rows.
+        facts: what the network is; with equal facts and `image_size` an image gets the same row.
         location: where the weights come from.
         dimension: length D of a row.
         image_size: side in pixels of the squares that images are squashed to, whose center counts.
@@ -61,7 +62,8 @@ class Embedder:
         """Load the network.
 
         Args:
-            source: a checkpoint, the folder of a run, or the name of a backbone.
+            source: a checkpoint, the folder of a run, or the name of a backbone. A Path is never a
+                name.
             weights: of a backbone: auto (ImageNet), none (random, by `seed`), or a file.
             image_size: None: that of the training, or else 256.
             pooling: of a backbone.
@@ -71,9 +73,10 @@ class Embedder:
 
         Raises UserError if it cannot be loaded (see `models.load_network`).
         """
+        is_path = isinstance(source, Path)
         source = str(source)
         checkpoint, backbone = source, None
-        if source in BACKBONES or source.startswith(TIMM_PREFIX):
+        if not is_path and (source in BACKBONES or source.startswith(TIMM_PREFIX)):
             checkpoint, backbone = None, source
         elif not find_checkpoint(source).is_file():
             hint = nearest_hint(source, BACKBONES)
@@ -124,8 +127,12 @@ class Embedder:
         Raises UserError if it is not the same network.
         """
         is_frozen = facts["features"] == "pooled"
+        if checkpoint and is_frozen:
+            raise UserError(f"{checkpoint}: a frozen {facts['backbone']} made the embeddings")
+        if weights and not is_frozen:
+            raise UserError(f"{weights}: the checkpoint {facts['checkpoint']} made the embeddings")
         embedder = cls(
-            facts["backbone"] if is_frozen else checkpoint or facts["checkpoint"],
+            facts["backbone"] if is_frozen else Path(checkpoint or facts["checkpoint"]),
             weights or facts["weights"],
             device=device,
             image_size=facts["image_size"],

@@ -1,4 +1,4 @@
-"""Score a checkpoint, or a frozen backbone, on the unseen test classes: R@K and NMI."""
+"""Score a checkpoint, or a frozen backbone, on the test half of a data set: R@K and NMI."""
 
 from __future__ import annotations
 

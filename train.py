@@ -50,7 +50,7 @@ from utils.features import embeddings_of, pooled_features
 from utils.logs import log, log_epoch, log_start, log_summary, start_log
 from utils.options import Parser, folder_name, name_of, name_or, path_name, real, whole
 from utils.progress import progress
-from utils.runs import RunFolder, State, check_finite
+from utils.runs import RunFolder, State, check_finite, run_to_resume
 from utils.schedules import SCHEDULES, learning_rate
 from utils.signals import Stopped, StopRequest
 
@@ -143,9 +143,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         for name in sorted(args.given - CHANGEABLE):
             if getattr(args, name) != saved.get(name):
                 parser.error(f"--{name} was {saved.get(name)} in {args.resume} and cannot change")
-        run = Path(args.resume).resolve()
-        if run.is_file():  # its checkpoint
-            run = run.parent
+        run = run_to_resume(args.resume)
         args.checkpoint_dir = str(run.parent)
         args.model_name = run.name
     if args.head_init == "random" and args.refit_head != "off":
@@ -175,8 +173,8 @@ class Job:
         self.processes = processes
         self.device = choose_device(args.device, processes)
         self.pooled: Tensor | None = None  # of the training images, by the network as it is
-        self.load_data()
         run.check_free(args.overwrite or bool(args.resume))
+        self.load_data()
         shared = {k: v for k, v in vars(args).items() if k not in NOT_SAVED | MACHINE}
         processes.check_same(shared | self.data)
         self.chooser = StartChooser(args, self.training, self.device, processes)

@@ -46,10 +46,7 @@ def frozen_features(dataset: str, options: argparse.Namespace) -> tuple[np.ndarr
 
 
 def compare(features: np.ndarray, labels: np.ndarray, n_seeds: int) -> dict[str, Any]:
-    """Cluster by each engine with each seed: seconds, NMI and inertia, their means and deviations.
-
-    n_seeds: how many, at least 2.
-    """
+    """Cluster by each engine with each seed: seconds, NMI and inertia, means and deviations."""
     k = len(np.unique(labels))
     values = {engine: {"seconds": [], "nmi": [], "inertia": []} for engine in ENGINES}
     for seed, engine in product(range(n_seeds), ENGINES):
@@ -64,7 +61,7 @@ def compare(features: np.ndarray, labels: np.ndarray, n_seeds: int) -> dict[str,
     for engine, lists in values.items():
         ways[f"{engine}, 10 starts"] = paired.summary(lists["seconds"]) | {
             "nmi_mean": statistics.fmean(lists["nmi"]),
-            "nmi_std": statistics.stdev(lists["nmi"]),
+            "nmi_std": statistics.stdev(lists["nmi"]) if n_seeds > 1 else 0.0,
             "nmi": lists["nmi"],
             "inertia_mean": statistics.fmean(lists["inertia"]),
         }

@@ -140,9 +140,8 @@ def load_split(
 
     Raises UserError that names the file if it is missing or not as pre-processing writes it.
     """
-    folder = Path(data_dir) / dataset
-    if not folder.is_dir() and Path(data_dir).name == dataset:
-        folder = Path(data_dir)
+    homes = [Path(data_dir) / dataset, Path(data_dir)]
+    folder = next((home for home in homes if _sizes(home, dataset, split)), homes[0])
     size = image_size or _only_size(folder, dataset, split)
     path = folder / f"{split}_{dataset}_{size}resized_img.npy"
     images = _open_array(path, dataset)
@@ -169,7 +168,7 @@ def load_split(
         raise UserError(
             f"{beside(path, 'label.npy')}: -1 (no label) beside labels; label all or none"
         )
-    roles = _open_roles(path, dataset) if split == "validation" else None
+    roles = _open_roles(path, dataset, len(images)) if split == "validation" else None
     return Split(images, labels.astype(np.int64), path, np.arange(len(images)), roles)
 
 
@@ -180,20 +179,28 @@ def beside(image_path: Path, ending: str) -> Path:
     return image_path.with_name(image_path.name.replace("_img.npy", f"_{ending}"))
 
 
-def _open_roles(image_path: Path, dataset: str) -> np.ndarray | None:
+def _open_roles(image_path: Path, dataset: str, n_images: int) -> np.ndarray | None:
     path = beside(image_path, "role.npy")
     if dataset != "inshop" and not path.exists():
         return None
     roles = _open_array(path, dataset)
-    if roles.ndim != 1 or roles.dtype.kind not in "iu" or set(roles.tolist()) != {0, 1}:
-        raise UserError(f"{path}: expected queries (0) and a gallery (1); pre-process again")
+    is_whole = roles.shape == (n_images,) and roles.dtype.kind in "iu"
+    if not is_whole or set(roles.tolist()) != {0, 1}:
+        raise UserError(
+            f"{path}: expected a role of each image, query (0) or gallery (1); pre-process again"
+        )
     return roles.astype(np.int64)
 
 
-def _only_size(folder: Path, dataset: str, split: str) -> int:
+def _sizes(folder: Path, dataset: str, split: str) -> list[int]:
+    """Return the sizes in which a folder holds a half of a data set, the smallest first."""
     pattern = re.compile(rf"{split}_{re.escape(dataset)}_(\d+)resized_img\.npy")
     names = os.listdir(folder) if folder.is_dir() else []
-    sizes = sorted(int(match.group(1)) for name in names if (match := pattern.fullmatch(name)))
+    return sorted(int(match.group(1)) for name in names if (match := pattern.fullmatch(name)))
+
+
+def _only_size(folder: Path, dataset: str, split: str) -> int:
+    sizes = _sizes(folder, dataset, split)
     if not sizes:
         file = folder / f"{split}_{dataset}_{DEFAULT_IMAGE_SIZE}resized_img.npy"
         raise UserError(f"{file}: no such file; {_how_to_make(dataset)}")

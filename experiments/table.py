@@ -222,8 +222,8 @@ def markdown(texts: Sequence[Sequence[str]], about: str) -> str:
 
 def latex(texts: Sequence[Sequence[str]], about: str) -> str:
     """Return a table for LaTeX."""
-    text = "\n".join(" & ".join(line) + r" \\" for line in texts)
-    text = re.sub(r"([%$#_])", r"\\\1", text).replace("±", r"$\pm$")
+    escaped = ([re.sub(r"([%$#_&])", r"\\\1", cell) for cell in line] for line in texts)
+    text = "\n".join(" & ".join(line) + r" \\" for line in escaped).replace("±", r"$\pm$")
     text = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
     heads, _, body = text.partition("\n")
     columns = "l" + "c" * (len(texts[0]) - 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from methods import METHODS
 from utils.errors import UserError, nearest_hint
 from utils.options import Parser, read_json_object
-from utils.runs import CONFIG
+from utils.runs import CONFIG, run_to_resume
 
 RECIPES = Path(__file__).resolve().parent
 
@@ -54,7 +54,7 @@ def read_layers(argv: list[str]) -> tuple[str, list[tuple[str, dict]]]:
         first.add_argument(name)
     sources = first.parse_known_args(argv)[0]
     if sources.resume:
-        layers = [_read_run(Path(sources.resume))]
+        layers = [_read_run(run_to_resume(sources.resume) / CONFIG)]
     else:
         config = read_json_object(sources.config) if sources.config else {}
         recipe = str(sources.recipe or config.get("recipe", "paper"))
@@ -80,13 +80,10 @@ def read_recipe(name: str) -> dict:
     return recipe
 
 
-def _read_run(run: Path) -> tuple[str, dict]:
-    path = (run if run.is_dir() else run.parent) / CONFIG
-    if not path.is_file():
-        raise UserError(f"resume {run}: no run lies there (no {path})")
+def _read_run(path: Path) -> tuple[str, dict]:
     config = read_json_object(path)
     if "method" not in config:
-        raise UserError(f"resume {run}: an earlier version made it; it can be tested only")
+        raise UserError(f"resume {path.parent}: an earlier version made it; it can be tested only")
     return str(path), config
 
 

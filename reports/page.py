@@ -177,22 +177,25 @@ def scored_epochs(runs: Sequence[Run]) -> list[tuple[str, str, dict]]:
         scored = [row for row in run.rows if "recall@1" in row]
         if not scored:
             continue
-        criterion = "recall@1"
-        chosen_on = "test"
-        if "val_recall@1" in scored[-1]:
-            criterion = "val_recall@1"
-            chosen_on = "held-out training classes"
+        criterion, chosen_on = criterion_of(run)
         best = max(scored, key=lambda row: row[criterion])
         for words, row in (("last", scored[-1]), (f"best, chosen on {chosen_on}", best)):
             table.append((run.name, f"{row['epoch']} ({words})", row))
     return table
 
 
+def criterion_of(run: Run) -> tuple[str, str]:
+    """Return the score by which the best epoch is chosen, and on which images, in words."""
+    if any("val_recall@1" in row for row in run.rows):
+        return "val_recall@1", "held-out training classes"
+    return "recall@1", "the test half"
+
+
 def facts(run: Run, options: Namespace) -> dict[str, str]:
     """Return what is known of the network and of the data."""
     table = {}
     if run.info:
-        chosen = ", chosen on the test half" if options.checkpoint == BEST else ""
+        chosen = f", chosen on {criterion_of(run)[1]}" if options.checkpoint == BEST else ""
         table["checkpoint"] = f"{options.checkpoint}, after epoch {run.info['epoch']}{chosen}"
     trained_on = run.info.get("data", {})
     for half, split in (("training", run.training), ("validation", run.test)):

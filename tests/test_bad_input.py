@@ -89,6 +89,8 @@ TRAIN = [
     ("--checkpoint_dir=file", "is not a folder; choose another place for the run"),
     ("--resume=runs/done --overwrite", "--overwrite was"),
     ("--resume=runs/begun", "runs/begun: no run lies there"),
+    ("--resume=runs/done/last.ckpt", "runs/done/last.ckpt: no run lies there"),
+    ("--resume=runs/done/best.pth", "runs/done/best.pth: no run lies there"),
 ]
 TEST = [
     ("", "give --checkpoint_path, or --backbone for a frozen backbone"),
@@ -97,6 +99,7 @@ TEST = [
     ("--backbone=resnet_small --n_cluster=4", "--n_cluster goes with --checkpoint_path"),
     (f"--checkpoint_path={LAST} --backbone=resnet18", "was trained with the backbone resnet_small"),
     ("--checkpoint_path=no.pth", "no.pth: no such file"),
+    ("--checkpoint_path=runs/done.5", "runs/done.5: no such file"),
     ("--checkpoint_path=runs/begun", "runs/begun: is not the folder of a run"),
     ("--checkpoint_path=file", "file: "),
     ("--checkpoint_path=empty.pth", "empty.pth: not a CBSwR checkpoint: it holds no named"),

@@ -52,6 +52,8 @@ def test_load_split(tmp_path):
         assert isinstance(split.images, np.memmap) and not split.images.flags.writeable
         assert (len(split), split.image_size, split.path) == (24, 32, path)
     assert str(load_split(tmp_path, "tiny", "validation")) == "9 images of 4 classes"
+    renamed = (tmp_path / "tiny").rename(tmp_path / "Downloads")
+    assert len(load_split(renamed, "tiny", "training")) == 24
 
 
 def assert_refused(folder: Path, *words: str, dataset: str = "tiny") -> None:

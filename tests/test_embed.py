@@ -357,6 +357,7 @@ REFUSED = [
     ("--dataset a --checkpoint_path b --out c.npy --skip_bad", "--skip_bad goes with --images"),
     ("--images a --checkpoint_path b --out c.npy --layers d", "--layers goes with --backbone"),
     ("--images a --backbone resnet_small --weights none --out c.npy", "a: no such folder"),
+    ("--onnx c.onnx --checkpoint_path resnet18", "resnet18: no such file or run"),
 ]
 
 

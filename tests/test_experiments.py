@@ -241,6 +241,17 @@ def test_few_images_choose_and_score_as_train_does(tmp_path):
     assert [row["images"] for row in result["rows"]] == [50, 300]  # of both halves
 
 
+def test_scores_of_sets_with_too_many_classes_for_nmi():
+    rows = [{"frozen": {"recall@1": 40.0}}, {"frozen": {"recall@1": 50.0}}]
+    assert few_images.cell(rows, "frozen") == "45.0"
+
+
+def test_signs_in_titles():
+    texts = [["method", "R@1"], ["a & b | 5 %", "9.0"]]
+    assert r"a \& b | 5 \% & 9.0 \\" in table.latex(texts, "")
+    assert r"| a & b \| 5 % | 9.0 |" in table.markdown(texts, "")
+
+
 def test_a_script_that_fails_is_told():
     with pytest.raises(runs.RunFailedError, match=r"test\.py ended with status 2"):
         runs.call("test.py", "--nothing")

@@ -45,12 +45,13 @@ def test_frames_tell_the_class_of_the_query(reported):
 
 def test_the_page_says_what_chose_the_best_epoch(reported, tmp_path):
     page = reported.text("run")
-    assert "1 (best, chosen on test)" in page and "the very images" in page
+    assert "1 (best, chosen on the test half)" in page and "the very images" in page
     shutil.copytree(reported.folder / "run", tmp_path / "run")
     held_out = [row | {"val_recall@1": row["epoch"], "val_nmi": 0.5} for row in METRICS]
     write_metrics(tmp_path / "run", held_out)
-    page, _ = report(tmp_path / "run", out=tmp_path / "page.html")
+    page, _ = report(tmp_path / "run", "--checkpoint=best.pth", out=tmp_path / "page.html")
     assert "2 (best, chosen on held-out training classes)" in page
+    assert "after epoch 1, chosen on held-out training classes" in page
     assert "the very images" not in page
 
 

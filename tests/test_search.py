@@ -226,6 +226,8 @@ def test_moved_and_changed_networks(folder, tmp_path):
     failed(search(tmp_path, "--query", query), "gone.pth: no such file", "--checkpoint_path or")
     moved = search(tmp_path, "--query", query, "--checkpoint_path", folder / "net.pth")
     assert moved.code == 0
+    refused = search(tmp_path, "--query", query, "--weights", folder / "net.pth")
+    failed(refused, f"net.pth: the checkpoint {gone} made the embeddings")
     save_network(gone, seed=6)
     failed(search(tmp_path, "--query", query), "gone.pth: is not the network that made")
     (tmp_path / "e.npy").write_bytes((tmp_path / "e.npy").read_bytes()[:-200])

@@ -98,7 +98,10 @@ def test_nmi_left_out_is_said(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------- the roles
 
 
-@pytest.mark.parametrize("roles", [None, np.zeros(24), np.zeros(48, int), np.arange(48) % 3])
+WRONG_ROLES = [None, np.zeros(24), np.zeros(48, int), np.arange(48) % 3, [0, 1]]
+
+
+@pytest.mark.parametrize("roles", WRONG_ROLES)
 def test_roles_that_cannot_be(tmp_path, roles):
     arrays(tmp_path, "inshop")
     file = tmp_path / "inshop" / "validation_inshop_32resized_role.npy"

@@ -138,9 +138,9 @@ def target_file(ending: str, is_alone: bool = True) -> Callable[[str], TargetPat
             check_target(path_name(text), ending)
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
-        whole = _belongs_to(Path(text)) if is_alone else ""
-        if whole:
-            raise argparse.ArgumentTypeError(f"{text} belongs to {whole}; choose another name")
+        owner = _belongs_to(Path(text)) if is_alone else ""
+        if owner:
+            raise argparse.ArgumentTypeError(f"{text} belongs to {owner}; choose another name")
         return TargetPath(text)
 
     return parse

@@ -229,18 +229,28 @@ def check_finite(named: dict[str, Tensor], where: str) -> None:
             raise DivergedError(f"{where}: {name} is not finite; resume the run with a lower rate")
 
 
-def run_folder(path: Path) -> Path:
-    """Return the folder of a run that a path may stand for: itself, or without its ending."""
-    return path if path.is_dir() else path.with_suffix("")
+def run_to_resume(path: str) -> Path:
+    """Return the folder of the run that a path stands for: itself, or that of a last.pth.
+
+    Raises UserError if no run lies there.
+    """
+    folder = Path(path).resolve()
+    if folder.name == LAST:
+        folder = folder.parent
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"resume {path}: no run lies there (no {CONFIG}); give its folder")
+    return folder
 
 
 def find_checkpoint(path: str) -> Path:
     """Return the checkpoint that a path stands for: a file, or of a run's folder its best.pth.
 
-    A run without scores has no best epoch: its last.pth. Raises UserError for a run without a
-    finished epoch.
+    RUN.pth is the run, too, if there is no such file. A run without scores has no best epoch: its
+    last.pth. Raises UserError for a run without a finished epoch.
     """
-    folder = run_folder(Path(path))
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(path.removesuffix(".pth"))
     if Path(path).is_file() or not folder.is_dir():
         return Path(path)
     metrics = folder / METRICS

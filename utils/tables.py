@@ -72,5 +72,6 @@ def clean(name: str) -> str:
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """Return lines of cells as Markdown, the first one as the head."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in lines)
+    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
     return rows.replace(" --- ", "---")
