@@ -138,5 +138,6 @@ class STML(Method):
                 value.copy_(student[name])
 
     def head_changed(self) -> None:
-        """Take over the student's network as it is."""
-        self.teacher["model"].load_state_dict(self.model.state_dict())
+        """Take over the student's network as it is, unless the teacher has a head of its own."""
+        if self.large is None:
+            self.teacher["model"].load_state_dict(self.model.state_dict())

@@ -247,8 +247,16 @@ def test_the_teacher_averages_weights_and_statistics_before_the_optimizer_steps(
         average = 0.9 * start[f"model.{name}"] + 0.1 * student[name]
         torch.testing.assert_close(after[f"model.{name}"], average, **DOUBLE)
     assert after["model.base_model.bn1.num_batches_tracked"] == 5
+
+
+@pytest.mark.parametrize("size", [0, 6])
+def test_a_new_head_makes_a_new_teacher_unless_it_has_its_own(size):
+    method = make("stml", "--group=2", f"--distill_dim={size}")
+    move(method)
+    start = copy.deepcopy(method.teacher["model"].state_dict())
     method.head_changed()
-    torch.testing.assert_close(method.teacher["model"].state_dict(), method.model.state_dict())
+    expected = start if size else method.model.state_dict()
+    torch.testing.assert_close(method.teacher["model"].state_dict(), expected)
 
 
 @pytest.mark.parametrize("size", [0, 6])
