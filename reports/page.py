@@ -26,7 +26,7 @@ from utils.devices import choose_device
 from utils.errors import UserError
 from utils.evaluation import recall_titles
 from utils.files import write_text
-from utils.runs import BEST, scalars
+from utils.runs import BEST, criterion, scalars
 
 FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "bokeh")
@@ -34,6 +34,7 @@ GALLERY_SIDE = 144  # pixels
 MAP_SIDE = 80  # pixels
 MAP_PICTURE = 0.05  # side of a picture on the map, as a share of the map
 QUALITY = 75  # of the pictures, percent
+CHOSEN_ON = {"recall@1": "the test half", "val_recall@1": "held-out training classes"}
 MAP_NOTES = {  # by whether the nearest image is of the class
     True: "class {}, nearest image of its class",
     False: "class {}, nearest image of another class",
@@ -177,26 +178,20 @@ def scored_epochs(runs: Sequence[Run]) -> list[tuple[str, str, dict]]:
         scored = [row for row in run.rows if "recall@1" in row]
         if not scored:
             continue
-        criterion, chosen_on = criterion_of(run)
-        best = max(scored, key=lambda row: row[criterion])
-        for words, row in (("last", scored[-1]), (f"best, chosen on {chosen_on}", best)):
+        score = criterion(run.rows)
+        best = max(scored, key=lambda row: row[score])
+        for words, row in (("last", scored[-1]), (f"best, chosen on {CHOSEN_ON[score]}", best)):
             table.append((run.name, f"{row['epoch']} ({words})", row))
     return table
-
-
-def criterion_of(run: Run) -> tuple[str, str]:
-    """Return the score by which the best epoch is chosen, and on which images, in words."""
-    if any("val_recall@1" in row for row in run.rows):
-        return "val_recall@1", "held-out training classes"
-    return "recall@1", "the test half"
 
 
 def facts(run: Run, options: Namespace) -> dict[str, str]:
     """Return what is known of the network and of the data."""
     table = {}
     if run.info:
-        chosen = f", chosen on {criterion_of(run)[1]}" if options.checkpoint == BEST else ""
-        table["checkpoint"] = f"{options.checkpoint}, after epoch {run.info['epoch']}{chosen}"
+        table["checkpoint"] = f"{options.checkpoint}, after epoch {run.info['epoch']}"
+        if options.checkpoint == BEST:
+            table["checkpoint"] += f", chosen on {CHOSEN_ON[criterion(run.rows)]}"
     trained_on = run.info.get("data", {})
     for half, split in (("training", run.training), ("validation", run.test)):
         before = trained_on.get(half, {})

@@ -14,7 +14,7 @@ from utils.devices import has_fast_bf16
 from utils.errors import UserError
 from utils.evaluation import nmi_remark, recall_titles
 from utils.files import disk_faults
-from utils.runs import BEST, LAST
+from utils.runs import BEST, LAST, criterion
 
 log = logging.getLogger("train")
 MOST_LISTED = 8  # numbers of what a method reports
@@ -93,16 +93,15 @@ def score_text(row: dict, half: str) -> str:
 
 def log_summary(rows: list[dict], path: Path) -> None:
     """Log the last epoch, and the best one with what it was chosen on."""
-    half, chosen_on = "", "CHOSEN ON TEST"
-    if any("val_recall@1" in row for row in rows):
-        half, chosen_on = "val_", "chosen on held-out training classes"
-    scored = [row for row in rows if f"{half}recall@1" in row]
+    score = criterion(rows)
+    scored = [row for row in rows if score in row]
     if not scored:
         log.info("not scored, as the data set has no labels: %s", path / LAST)
         return
-    best = max(scored, key=lambda row: row[f"{half}recall@1"])
+    best = max(scored, key=lambda row: row[score])
+    chosen_on = "CHOSEN ON TEST" if score == "recall@1" else "chosen on held-out training classes"
     for title, row, name in (("last", scored[-1], LAST), (f"best, {chosen_on}", best, BEST)):
         texts = [score_text(row, part) for part in ("", "val_") if f"{part}recall@1" in row]
         log.info("%s epoch (%d): %s  %s", title, row["epoch"], "  ".join(texts), path / name)
-    if half == "":
+    if score == "recall@1":
         log.info("NMI %s", nmi_remark(scored[-1]))
