@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -321,14 +320,10 @@ class Job:
         head = closed_form_head(pooled, args.low_dim, kind, power)
         self.model.set_head(*self.processes.from_first(head))
         self.method.head_changed()
-        self.forget_moments(self.model.feat_ext.parameters())
+        for parameter in self.model.feat_ext.parameters():
+            self.optimizer.state.pop(parameter, None)  # moments of the head that was
         text = f"{kind} {power:g}" if kind == "whiten" else kind
         log.info("head by %s of the features of %d images", text, len(pooled))
-
-    def forget_moments(self, parameters: Iterable[Tensor]) -> None:
-        """Drop what the optimizer remembers of parameters that have begun anew."""
-        for parameter in parameters:
-            self.optimizer.state.pop(parameter, None)
 
     def evaluate(self) -> dict:
         """Score the test half, and the held-out classes as val_...; {} without labels."""
@@ -372,7 +367,6 @@ def train_epoch(job: Job, epoch: int) -> dict:
             if epoch == 1 or is_another:
                 job.fit_head()
             state.logged = method.begin_epoch(epoch, job.features)
-            job.forget_moments(method.restarted())
             state.is_begun = True
 
     neighbors = method.neighbors_and_positives()

@@ -49,7 +49,7 @@ TITLES = {
     "cbs": "CBS (no reconstruction)",
     "paper": "CBSwR (the paper's method)",
     "kmeans": "CBSwR, pseudo-labels of k-means",
-    "deepcluster": "k-means classification (DeepCluster)",
+    "deepcluster": "DeepCluster-v2",
     "stml": "STML",
     "best_contextual": "recipe best, contextual loss instead",
     "proxy_anchor": "WITH LABELS: Proxy-Anchor",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -97,10 +97,6 @@ class Method(nn.Module):
 
     def end_step(self) -> None:
         """Follow a step of the optimizer."""
-
-    def restarted(self) -> Iterable[nn.Parameter]:
-        """Return the parameters that `begin_epoch` has begun anew."""
-        return ()
 
     def head_changed(self) -> None:
         """Follow a change of the embedding head by something else than the optimizer."""

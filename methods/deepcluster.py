@@ -1,48 +1,46 @@
-"""DeepCluster: the cluster head classifies by k-means labels (Caron et al., ECCV 2018)."""
+"""DeepCluster-v2: a softmax over the centroids of a clustering of all images.
+
+Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments",
+NeurIPS 2020. In the first DeepCluster (ECCV 2018) each clustering began a classifier anew; here
+its centroids are the classifier.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from methods.base import Features, Method
-from utils.options import whole
+from utils.options import real, whole
 
 
 class DeepCluster(Method):
-    """Softmax cross-entropy of the cluster head with the labels of a clustering of all images."""
+    """Cross-entropy of each view with the cluster of its image, over all centroids."""
 
     @staticmethod
     def add_options(group: argparse._ArgumentGroup) -> None:
         group.add_argument("--n_cluster", type=whole(2), default=32, help="K, number of clusters")
+        group.add_argument("--t", type=real(1e-6), default=0.1, help="temperature")
 
     def __init__(self, model: Any, options: argparse.Namespace, n_images: int, **kwargs) -> None:
         super().__init__(model, options, n_images, **kwargs)
         self.register_buffer("pseudo_labels", torch.zeros(n_images, dtype=torch.int64))
+        self.register_buffer("centers", torch.zeros(options.n_cluster, model.low_dim))
 
     def begin_epoch(self, epoch: int, features: Features) -> dict:
-        """Cluster all images, and begin the cluster head anew: new clusters are new classes."""
+        """Cluster the embeddings of all images."""
         n_cluster = self.options.n_cluster
-        labels, _ = self.cluster(self.comparable(*features()), n_cluster, epoch)
+        labels, centers = self.cluster(features()[1].to(self.device), n_cluster, epoch)
         self.pseudo_labels.copy_(labels)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.options.seed + epoch)
-            for part in self.model.clustering:
-                if hasattr(part, "reset_parameters"):
-                    part.reset_parameters()
+        self.centers.copy_(F.normalize(centers, dim=1))
         return {"cluster_sizes": torch.bincount(labels, minlength=n_cluster).tolist()}
-
-    def restarted(self) -> Iterable[nn.Parameter]:
-        """Return the parameters of the cluster head."""
-        return self.model.clustering.parameters()
 
     def forward(self, views: Tensor, index: Tensor) -> dict[str, Tensor]:
         """Compute the cross-entropy of a batch."""
         embeddings, index = self.embed_batch(views, index)
-        logits = self.model.clustering(embeddings)  # (2m, K), not normalized
+        logits = embeddings @ self.centers.T.to(embeddings.dtype) / self.options.t  # (2m, K)
         return {"loss": F.cross_entropy(logits, self.pseudo_labels[index])}

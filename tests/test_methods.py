@@ -174,17 +174,18 @@ def test_partitions_have_two_clusters_at_least_and_differ():
 
 
 def test_deepcluster_classifies_by_the_clusters_of_the_epoch():
-    method = make("deepcluster", "--n_cluster=4")
-    head = method.model.clustering
-    with torch.no_grad():
-        head[2].weight.fill_(9.0)
+    method = make("deepcluster", "--n_cluster=4", "--t=0.2")
+    embeddings = method.model(views())[0]
     logged = method.begin_epoch(1, lambda: features_of(method))
     assert sum(logged["cluster_sizes"]) == N_IMAGES
-    assert head[2].weight.abs().max() < 1  # begun anew
+    of_all = features_of(method)[1]
+    for k in range(4):  # a centroid is the mean of its images, and has unit length
+        mean = of_all[method.pseudo_labels == k].mean(0)
+        torch.testing.assert_close(
+            method.centers[k], F.normalize(mean, dim=0), rtol=1e-5, atol=1e-6
+        )
     labels = method.pseudo_labels[INDEX.repeat(2)]
-    method.eval()  # no dropout
-    logits = head(method.model(views())[0])
-    picked = logits.log_softmax(1)[torch.arange(8), labels]
+    picked = (embeddings @ method.centers.T / 0.2).log_softmax(1)[torch.arange(8), labels]
     torch.testing.assert_close(method(views(), INDEX)["loss"], -picked.mean(), **DOUBLE)
 
 

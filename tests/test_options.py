@@ -184,7 +184,7 @@ CHANGED_OF = {
         softmax_over=images pseudo_labels=kmeans positives=nn recon_target=image""",
     "soft_centers": "t=0.3 target_t=0.5 cluster_sizes=3,6 target_neighbors=0",
     "stml": "group=2 teacher_momentum=0.1 distill_dim=0 sigma=1.0 context=2",
-    "deepcluster": "n_cluster=6",
+    "deepcluster": "n_cluster=6 t=0.3",
     "proxy_anchor": "group=2",
     "multi_similarity": "group=2",
 }
