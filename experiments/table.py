@@ -7,9 +7,9 @@
 A row is a recipe, one of SPECIAL, or a title with options of train.py. Each data set, backbone and
 image size has a table, DATASET_SIZEpx_BACKBONE_NAME; several have an overview, too, NAME.md. Runs
 lie in CHECKPOINT_DIR/TABLE/. The same command goes on where it was stopped: what is finished is
-kept, the rest is resumed. The last epoch is scored, by test.py. TABLE.md, .csv and .tex show means
-and standard deviations, TABLE_epochs.png every epoch; TABLE.json holds options, scores and
-machine of each run.
+kept, the rest is resumed. The last epoch is scored, by test.py; with --val_classes the held-out
+classes are, too. TABLE.md, .csv and .tex show means and standard deviations, TABLE_epochs.png every
+epoch; TABLE.json holds options, scores and machine of each run.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ PUBLISHED = {  # R@1 / NMI in the paper, with GoogLeNet
     ("car196", "isif"): "41.3",
 }
 MORE_SCORES = {"MAP@R": "map@r", "NMI": "nmi", "AMI": "ami"}  # beside R@K
+MORE_SCORES |= {"held-out R@1": "val_recall@1", "held-out NMI": "val_nmi"}
 DRAWN = {"R@1": "recall@1", "NMI": "nmi"}
 
 
@@ -111,7 +112,7 @@ def summarize(records: Sequence[dict], names: Iterable[str]) -> dict:
     """Return mean and standard deviation (n - 1; None of one run) of scores in percent."""
     line: dict = {"n": len(records)}
     for name in names:
-        percents = [100 * record["scores"][name] for record in records]
+        percents = [100 * scores_of(record)[name] for record in records]
         line[f"{name}_mean"] = statistics.fmean(percents)
         line[f"{name}_std"] = None
         if len(percents) > 1:
@@ -119,9 +120,14 @@ def summarize(records: Sequence[dict], names: Iterable[str]) -> dict:
     return line
 
 
+def scores_of(record: dict) -> dict:
+    """Return the scores of a run: by test.py, and of held-out classes those of the last epoch."""
+    return record["last_epoch"] | record["scores"]
+
+
 def in_all(titles: dict[str, str], records: Sequence[dict]) -> dict[str, str]:
     """Return those scores, by title, that all runs have."""
-    return {t: n for t, n in titles.items() if all(n in record["scores"] for record in records)}
+    return {t: n for t, n in titles.items() if all(n in scores_of(record) for record in records)}
 
 
 def cells(line: dict, names: Iterable[str], best: dict | None = None) -> list[str]:

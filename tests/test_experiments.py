@@ -106,6 +106,15 @@ def test_every_epoch_is_kept_and_drawn(make, tmp_path):
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+def test_held_out_classes_are_shown(make):
+    made = make("--rows", "untrained", "--seeds", "1", train=["--val_classes=2"])
+    (line,) = csv.DictReader(made.texts["csv"].splitlines())
+    (run,) = made.runs
+    for name in ("val_recall@1", "val_nmi"):
+        assert float(line[f"{name}_mean"]) == pytest.approx(100 * run["last_epoch"][name], abs=1e-4)
+    assert "| held-out R@1 | held-out NMI |" in made.texts["md"]
+
+
 def test_rows_by_recipe_and_by_options(make):
     by_options = "STML, cold: --recipe stml --sigma 0.5 --batch_size 10"
     made = make("--rows", "start", "best", "--row", by_options, "--seeds=1")
