@@ -54,6 +54,7 @@ from utils.schedules import SCHEDULES, learning_rate
 from utils.signals import Stopped, StopRequest
 
 MOST_TRAINED = 0.45  # power of whitening that an epoch begins with: more makes worse pseudo-labels
+MORE_AT_END = 0.15  # power that trained features take beyond the start's
 CHECK_EVERY = 20  # steps between looks at the loss, for which a GPU has to wait
 REFUSED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -90,7 +91,7 @@ def make_parser(method: str) -> Parser:
     heads = name_of(("random", *HEADS, "auto"))
     add("--head_init", type=heads, default="random", help="auto: chosen by the images")
     add("--whiten_power", type=real(0), default=0.5, help="of the head: 0 is PCA, 1 whitening")
-    text = "after each epoch: off, closed form as the start's, auto, or a power of whitening"
+    text = "after each epoch: off, as the start's, auto (more whitening), or a power of whitening"
     which = name_or(("off", "start", "auto"), real(0, above=True))
     add("--refit_head", type=which, metavar="WHICH", default="off", help=text)
     add = parser.add_argument_group("optimization").add_argument
@@ -155,6 +156,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     keeps_kind = args.head_init != "auto" and "refit_head" not in args.given
     if args.refit_head == "auto" and keeps_kind and not args.resume:
         args.refit_head = "start"
+    if args.refit_head == "auto" and args.head_init in ("svd", "pca") and not args.resume:
+        parser.error("--refit_head auto whitens; it goes with --head_init whiten or auto")
     args.model_name = args.model_name or f"CBSwR_{NAMES.get(args.dataset, args.dataset)}"
     return args
 
@@ -176,7 +179,6 @@ class Job:
         self.load_data()
         shared = {k: v for k, v in vars(args).items() if k not in NOT_SAVED | MACHINE}
         processes.check_same(shared | self.data)
-        self.chooser = StartChooser(args, self.training, self.device, processes)
         remarks = self.fit_options()
         self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
         saved = processes.by_first(lambda: run.load(self.data)) if args.resume else {}
@@ -228,7 +230,8 @@ class Job:
         remarks = [f"{self.training} to train on, {self.test} to test on, {px} px"]
         remarks += fit_to_data(args, len(self.training), self.processes.count)
         if args.head_init == "auto":
-            self.pooled, measured = self.chooser.choose()
+            chooser = StartChooser(args, self.training, self.device, self.processes)
+            self.pooled, measured = chooser.choose()
             remarks += measured
         has_closed_form = args.head_init != "random"
         self.pooling = Pooling.parse(args.layers, args.pool, has_closed_form, args.stripes)
@@ -310,9 +313,7 @@ class Job:
         kind = args.head_init
         power = args.whiten_power
         if at_end and args.refit_head == "auto":
-            best, measured = self.chooser.best_head(self.model, self.model.pooling, pooled)
-            log.info(measured)
-            kind, power = best.kind, best.power
+            power = max(power, min(power + MORE_AT_END, 1.0))
         elif at_end and args.refit_head != "start":
             power = args.refit_head
         elif args.n_epoch and args.refit_head == "auto":

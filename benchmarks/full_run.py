@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--dataset", default="car196", help="pre-processed")
     add("--data_dir", type=path_name, default="data", help="the folder that holds it")
     add("--image_size", type=whole(8), default=256, help="which pre-processed size")
-    add("--n_epoch", type=whole(1), default=30, help="of the paper's method; the recipe has one")
+    add("--n_epoch", type=whole(1), default=30, help="of the paper's method alone")
     add("--recipes", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     add("--precisions", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     add("--test_batch", type=whole(1), default=500, help="of train.py")

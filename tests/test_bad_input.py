@@ -83,6 +83,7 @@ TRAIN = [
     ("--refit_head=auto", "--refit_head: a random head has no closed form; give --head_init pca"),
     ("--refit_head=maybe", "expected a number, got 'maybe'; or give off, start, auto"),
     ("--head_init=pca --refit_head=1", "go with --head_init whiten"),
+    ("--head_init=pca --refit_head=auto", "goes with --head_init whiten or auto"),
     ("--head_init=pca --whiten_power=1", "go with --head_init whiten"),
     ("--data_on=device", "there is no GPU to hold the images"),
     ("--model_name=done", "runs/done: holds a run already"),
