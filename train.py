@@ -91,7 +91,7 @@ def make_parser(method: str) -> Parser:
     heads = name_of(("random", *HEADS, "auto"))
     add("--head_init", type=heads, default="random", help="auto: chosen by the images")
     add("--whiten_power", type=real(0), default=0.5, help="of the head: 0 is PCA, 1 whitening")
-    text = "after each epoch: off, as the start's, auto (more whitening), or a power of whitening"
+    text = "after each epoch: off, start (as it began), auto (more whitening), or a power of it"
     which = name_or(("off", "start", "auto"), real(0, above=True))
     add("--refit_head", type=which, metavar="WHICH", default="off", help=text)
     add = parser.add_argument_group("optimization").add_argument

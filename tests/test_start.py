@@ -155,7 +155,12 @@ def test_the_recipe_keeps_its_choice(tmp_path, monkeypatch, least, stripes):
     assert f" with stripes {stripes}\n" in log and "% of stripes find their like" in log
     (measure,) = re.findall(r"heads find parts: (.*)", log)
     head = re.search(r"the start is (.*) with stripes", log)[1]
-    assert config["whiten_power"] == float(head.removeprefix("whiten ").replace(FROZEN, "0"))
+    start_power = float(head.removeprefix("whiten ").replace(FROZEN, "0"))
+    assert config["whiten_power"] == start_power
+    fitted = re.findall(r"head by (.*) of the features", log)
+    assert len(fitted) == 4  # before and after each epoch
+    assert all(float(text.partition(" ")[2] or 0) <= 0.45 for text in fitted[::2])
+    assert all(float(text.partition(" ")[2] or 0) >= start_power for text in fitted[1::2])
     scores = {text[:-6]: float(text[-5:]) for text in measure.split(", ")}
     assert len(scores) == 9
     least = max(scores.values()) * (0.98 if stripes == "3,1" else 1) - 0.001  # three digits
