@@ -15,7 +15,7 @@ import torch
 
 from datasets.arrays import DEFAULT_IMAGE_SIZE, SMALLEST_IMAGE_SIZE, load_split
 from datasets.folder import ArraySource, FileSource, ImageBatch, batches_of
-from datasets.images import allow_pixels, find_images, warn_of_equal, without_links
+from datasets.images import allow_pixels, find_images, warn_of_equal
 from datasets.views import crop_size
 from embedder import Embedder
 from models import BACKBONES, Pooling, check_crop_size
@@ -145,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 embed(args, stop, processes)
     except Stopped as stopped:
-        print(f"{stopped}; what is embedded is kept, the same command goes on from there")
+        kept = "what is embedded is kept, the same command goes on from there"
+        print(f"{stopped}; {kept}" if args.out else stopped)
         return stopped.status
     return 0
 
@@ -182,14 +183,14 @@ def embed(args: argparse.Namespace, stop: StopRequest, processes: Processes) -> 
     """Embed all images; or a shard of them; or, of several processes, each its shard, then join."""
     out = Path(args.out)
     with stop.at_once():
-        paths = without_links(find_images(Path(args.images))) if args.images else []
+        paths = find_images(Path(args.images)) if args.images else []
         embedder = load_embedder(args, choose_device(args.device, processes))
         source = open_source(args, paths, embedder.image_size)
         check_crop_size(embedder.model.backbone_name, crop_size(source.image_size))
         facts = embedder.facts | embedder.location | source.facts()
         facts["folder"] = os.path.abspath(args.images) if args.images else None
         facts["dtype"] = "float16" if args.half else "float32"
-    shard = args.shard or (processes.share if processes.count > 1 else None)
+    shard = args.shard or (processes.share if processes.world_size > 1 else None)
     if shard:
         part = source.part(*shard, args.test_batch)
         with EmbeddingStore(out, facts, args.overwrite, is_shared=True) as store:

@@ -140,19 +140,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.method = method
     if args.resume:
         _, saved = layers[0]
+        if args.given & {"config", "overwrite"}:
+            parser.error("--config and --overwrite do not go with --resume")
         for name in sorted(args.given - CHANGEABLE):
             if getattr(args, name) != saved.get(name):
                 parser.error(f"--{name} was {saved.get(name)} in {args.resume} and cannot change")
         run = run_to_resume(args.resume)
         args.checkpoint_dir = str(run.parent)
         args.model_name = run.name
-    if args.head_init == "random" and args.refit_head != "off":
-        parser.error("--refit_head: a random head has no closed form; give --head_init pca")
     is_power = isinstance(args.refit_head, float)
     if (is_power or "whiten_power" in args.given) and args.head_init != "whiten":
         parser.error("--whiten_power and a power of --refit_head go with --head_init whiten")
     # only now: a configuration may be that of another run, which has all options
     args.given |= {name for _, config in layers[1:] for name in config}
+    if args.head_init == "random" and "refit_head" not in args.given:
+        args.refit_head = "off"
+    if args.head_init == "random" and args.refit_head != "off":
+        parser.error("--refit_head: a random head has no closed form; give --head_init pca")
     keeps_kind = args.head_init != "auto" and "refit_head" not in args.given
     if args.refit_head == "auto" and keeps_kind and not args.resume:
         args.refit_head = "start"
@@ -228,7 +232,7 @@ class Job:
         args = self.args
         px = self.training.image_size
         remarks = [f"{self.training} to train on, {self.test} to test on, {px} px"]
-        remarks += fit_to_data(args, len(self.training), self.processes.count)
+        remarks += fit_to_data(args, len(self.training), self.processes.world_size)
         if args.head_init == "auto":
             chooser = StartChooser(args, self.training, self.device, self.processes)
             self.pooled, measured = chooser.choose()
@@ -432,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
     with memory_faults(advice), StopRequest() as stop, joined() as processes, run:
         with stop.at_once():
             job = Job(args, run, stop, processes)
-        stop.agree = processes.largest if processes.count > 1 else None
+        stop.agree = processes.largest if processes.world_size > 1 else None
         try:
             train(job)
         except Stopped as stopped:

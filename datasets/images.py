@@ -208,8 +208,8 @@ def warn_of_equal(n_equal: int, n_images: int, share: str) -> None:
 def find_images(folder: Path) -> list[Path]:
     """Find the image files in a folder and all folders below it, by their endings or content.
 
-    Links are followed, but for links to folders that are listed themselves; names with a leading
-    dot do not count. What is no image is counted in a line of the log.
+    Links are followed, but for links to what is listed itself; names with a leading dot do not
+    count. What is no image is counted in a line of the log.
 
     Returns:
         Paths below `folder`, sorted part by part.
@@ -246,7 +246,7 @@ def find_images(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: no images in it or below{remark}; give another folder")
     if counts:
         log.warning("%s: left out are %s", folder, counts)
-    return sorted(paths, key=lambda path: path.parts)
+    return _without_links(sorted(paths, key=lambda path: path.parts))
 
 
 def _links_into(path: Path, folder: Path) -> bool:
@@ -257,7 +257,7 @@ def _links_into(path: Path, folder: Path) -> bool:
     return not any(part.startswith(".") and part != "." for part in below.split(os.sep))
 
 
-def without_links(paths: list[Path]) -> list[Path]:
+def _without_links(paths: list[Path]) -> list[Path]:
     """Leave out links to files that are in the list themselves; says how many in the log."""
     links = {path for path in paths if path.is_symlink()}
     if not links:

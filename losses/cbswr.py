@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from losses.center_softmax import center_softmax_loss
@@ -59,18 +58,9 @@ def cbswr_losses(
     maps = model.maps(inputs)  # of each pooled layer (2m / processes, C, h, w)
     embedding = model.embed(processes.gather_views(model.pool(maps)))  # (2m, D)
     cluster_logits = model.cluster(embedding)  # (2m, K)
-    n_images = len(embedding) // 2
-    if pseudo_labels is None:
-        # where the last bit decides, two GPUs may differ
-        argmax = cluster_logits.detach()[:n_images].argmax(1)
-        labels = processes.labels_from_first(argmax).repeat(2)  # (2m,)
-    else:
-        labels = pseudo_labels if len(pseudo_labels) == n_rows else pseudo_labels.repeat(2)
-        labels = processes.gather_views(labels)  # (2m,)
-    _, cluster, counts = torch.unique(
-        labels, return_inverse=True, return_counts=True
-    )  # (2m,), (U,)
-    local_cluster = processes.own_views(cluster)  # (2m / processes,)
+    labels = _labels_of_rows(pseudo_labels, cluster_logits, processes)  # (2m,)
+    _, cluster, counts = labels.unique(return_inverse=True, return_counts=True)  # (2m,), (U,)
+    local_cluster = processes.local_views(cluster)  # (2m / processes,)
     centroids = [
         processes.sum(cluster_means(feature_map, local_cluster, counts)) for feature_map in maps
     ]  # (U, C, h, w) each
@@ -93,8 +83,21 @@ def cbswr_losses(
         "metric": metric,
         "rim": rim_loss(cluster_logits, mu),
         "reconstruction": reconstruction,
-        "pseudo_labels": labels[:n_images],
+        "pseudo_labels": labels[: len(labels) // 2],
     }
+
+
+def _labels_of_rows(
+    pseudo_labels: Tensor | None, cluster_logits: Tensor, processes: Processes
+) -> Tensor:
+    """Return the label of each row (2m,) of the whole batch: given, or by the cluster head."""
+    n_rows = len(cluster_logits)
+    if pseudo_labels is None:
+        argmax = cluster_logits.detach()[: n_rows // 2].argmax(1)
+        # where the last bit decides, two GPUs may differ
+        return processes.labels_from_first(argmax).repeat(2)
+    is_of_images = 2 * len(pseudo_labels) * processes.world_size == n_rows
+    return processes.gather_views(pseudo_labels.repeat(2) if is_of_images else pseudo_labels)
 
 
 def total_loss(
@@ -106,4 +109,4 @@ def total_loss(
     """Return the weighted sum of the losses; a loss of weight zero is left out, finite or not."""
     weights = {"metric": metric, "rim": rim, "reconstruction": reconstruction}
     weighted = [weight * losses[name] for name, weight in weights.items() if weight]
-    return sum(weighted, torch.zeros(()).to(losses["rim"]))
+    return sum(weighted, losses["rim"].new_zeros(()))

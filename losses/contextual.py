@@ -16,7 +16,7 @@ from utils.tensors import as_float
 def contextual_similarity(
     embeddings: Tensor, images: Tensor, n_neighbors: int = 10, sigma: float = 3.0
 ) -> Tensor:
-    """Tell how much the rows of a batch belong together.
+    """Compute the similarity of the rows of a batch, by their distance and shared neighbors.
 
     The result is the mean of two similarities. The first is exp(-d^2 / sigma) of the distance d.
     The second compares neighborhoods: R(i) holds the rows j that are among the nearest of i while
@@ -69,7 +69,7 @@ def relaxed_contrastive_loss(embeddings: Tensor, similarity: Tensor, margin: flo
         pull = similarity * distances.square()
         push = (1 - similarity) * (margin - distances).clamp(min=0).square()
         loss = pull + push
-        return (loss - torch.diag(torch.diag(loss))).sum() / (n_rows * (n_rows - 1))
+        return (loss.sum() - loss.trace()) / (n_rows * (n_rows - 1))
 
 
 def self_distillation_loss(small: Tensor, large: Tensor) -> Tensor:

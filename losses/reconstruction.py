@@ -23,10 +23,7 @@ def cluster_means(rows: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
     Returns (U, ...) in float32 (float64 for float64 rows).
     """
     wide = as_float(rows)
-    weight = torch.zeros(len(counts), len(rows), dtype=wide.dtype, device=rows.device)
-    weight[cluster, torch.arange(len(rows), device=rows.device)] = (
-        1 / counts.to(wide.dtype)[cluster]
-    )
+    weight = F.one_hot(cluster, len(counts)).T.to(wide) / counts[:, None]  # (U, B)
     with torch.autocast(rows.device.type, enabled=False):
         return (weight @ wide.flatten(1)).view(len(counts), *rows.shape[1:])
 
@@ -42,6 +39,4 @@ def reconstruction_loss(reconstruction: Tensor, inputs: Tensor) -> Tensor:
     if reconstruction.shape != inputs.shape:
         raise ValueError(f"shapes differ: {tuple(reconstruction.shape)} and {tuple(inputs.shape)}")
     with torch.autocast(inputs.device.type, enabled=False):
-        wide = torch.promote_types(reconstruction.dtype, inputs.dtype)
-        wide = torch.promote_types(wide, torch.float32)
-        return F.mse_loss(reconstruction.to(wide), inputs.to(wide))
+        return F.mse_loss(as_float(reconstruction), as_float(inputs))

@@ -11,7 +11,7 @@ from utils.tensors import as_float
 
 
 def rim_loss(cluster_logits: Tensor, mu: float = 1.0) -> Tensor:
-    """Ask for clusters that are sure about each image and balanced over the batch.
+    """Reward assignments that are certain for each image and balanced over the batch.
 
     With p = softmax of the logits: L = H(Y|X) + 1 - mu * H(Y) (paper section 3.2).
     H(Y|X) = -sum p log p / (B log B), divided by the log of the BATCH size as in the released code;

@@ -18,7 +18,7 @@ def soft_center_loss(
     temperature: float,
     target_temperature: float,
 ) -> Tensor:
-    """Have embeddings belong to the same centroids as what is remembered of their images.
+    """Compute the cross-entropy of embeddings' softmax over centroids with soft assignments.
 
     For a partition with centroids c: q = mean over the n members of
     softmax(member . c / target_temperature), p = softmax(embedding . c / temperature). The loss is

@@ -37,12 +37,12 @@ class Method(nn.Module):
             None: always of the image itself.
         neighbors: (N, G - 1) buffer; batches consist of groups of an image and its neighbors.
             None: batches of single images.
-        own_rate: rate of the parameters beside the network, as a multiple of the network's.
+        lr_scale: rate of the parameters beside the network, as a multiple of the network's.
         uses_labels: whether the method needs the real labels of the training images.
         uses_all: whether every parameter of the network has a part in the loss.
     """
 
-    own_rate = 1.0
+    lr_scale = 1.0
     uses_labels = False
     uses_all = False
     positives: Tensor | None
@@ -96,10 +96,10 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def end_step(self) -> None:
-        """Follow a step of the optimizer."""
+        """Called after each step of the optimizer."""
 
     def head_changed(self) -> None:
-        """Follow a change of the embedding head by something else than the optimizer."""
+        """Called after the embedding head was set in closed form."""
 
     def neighbors_and_positives(self) -> dict[str, np.ndarray | None]:
         """Return positives and neighbors as the batches of an epoch take them."""
@@ -116,7 +116,7 @@ class Method(nn.Module):
         beside = [p for name, p in trained.items() if not name.startswith("model.")]
         groups = [{"params": network, "lr": lr, "scale": 1.0}]
         if beside:
-            groups.append({"params": beside, "lr": lr * self.own_rate, "scale": self.own_rate})
+            groups.append({"params": beside, "lr": lr * self.lr_scale, "scale": self.lr_scale})
         return groups
 
     def make_groups(self) -> None:

@@ -61,7 +61,7 @@ class Supervised(Method):
 class ProxyAnchor(Supervised):
     """Proxy-Anchor (Kim et al., CVPR 2020) by the REAL labels."""
 
-    own_rate = PROXY_RATE
+    lr_scale = PROXY_RATE
 
     def make_loss(self, losses: Any, miners: Any, n_classes: int) -> None:
         self.loss = losses.ProxyAnchorLoss(n_classes, self.model.low_dim)

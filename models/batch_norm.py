@@ -10,6 +10,15 @@ from utils.errors import UserError
 from utils.tensors import as_float
 
 
+@torch.no_grad()
+def track_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
+    """Move the running statistics towards the mean (C,) and variance (C,) of `count` values."""
+    unbiased = var * (count / (count - 1))
+    norm.num_batches_tracked += 1
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with the statistics of all processes' rows, on any device.
 
@@ -31,16 +40,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         wide = as_float(x)
-        count = self.processes.count * wide.numel() // wide.shape[1]
+        count = self.processes.world_size * wide.numel() // wide.shape[1]
         local_var, local_mean = torch.var_mean(wide, (0, 2, 3), correction=0)  # (C,)
         mean = self.processes.mean(local_mean)
         var = self.processes.mean(local_var + (local_mean - mean).square())
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(
-                (var * (count / (count - 1))).to(self.running_var.dtype), self.momentum
-            )
+        track_statistics(self, mean, var, count)
         scale = torch.rsqrt(var + self.eps) * self.weight
         shift = self.bias - mean * scale
         return torch.addcmul(shift[:, None, None], wide, scale[:, None, None]).to(x.dtype)
@@ -51,7 +55,7 @@ def share_batch_norm(network: nn.Module, processes: Processes, device: torch.dev
 
     Raises UserError for a kind of batch norm that cannot be shared.
     """
-    if processes.count == 1:
+    if processes.world_size == 1:
         return network
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and type(module) is not nn.BatchNorm2d:

@@ -55,10 +55,10 @@ class Spectrum:
 
 
 def head_size(low_dim: int, n_images: int, width: int) -> int:
-    """Return D of a head on features of a width C: low_dim, at most C; for few images C.
+    """Return the size D of a head on features of width C: low_dim, at most C.
 
-    Few are no more than low_dim. The directions in which no image varies have no order, so that
-    none of them may be left out.
+    With n_images <= low_dim it is C: the directions in which no image varies have no order, so
+    that none of them may be left out.
     """
     return width if n_images <= low_dim else min(low_dim, width)
 

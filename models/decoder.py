@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.batch_norm import track_statistics
 from utils.tensors import as_float
 
 WIDTHS = (128, 64, 32, 16, 16)
@@ -33,11 +36,7 @@ class WeightedBatchNorm2d(nn.BatchNorm2d):
         mean = torch.einsum("u,uc->c", weight, x.sum((2, 3)))
         centered = x - mean[:, None, None]
         var = torch.einsum("u,uc->c", weight, centered.square().sum((2, 3)))
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            unbiased = var * (total / (total - 1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        track_statistics(self, mean, var, total)
         scale = torch.rsqrt(var + self.eps) * self.weight
         return centered * scale[:, None, None] + self.bias[:, None, None]
 
@@ -75,7 +74,8 @@ class Decoder(nn.Module):
         x = feature_maps
         for block in range(len(WIDTHS)):
             conv, norm, relu, _ = self.decoder[4 * block : 4 * block + 4]
-            halvings = len(WIDTHS) - 1 - block
             x = relu(norm(conv(x), counts))
-            x = F.interpolate(x, (-(-height >> halvings), -(-width >> halvings)), mode="nearest")
+            fraction = 2 ** (len(WIDTHS) - 1 - block)
+            block_size = (math.ceil(height / fraction), math.ceil(width / fraction))
+            x = F.interpolate(x, block_size, mode="nearest")
         return torch.sigmoid(self.decoder[-1](x))

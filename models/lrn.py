@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class LocalResponseNorm(nn.Module):
-    """Divide by the root of the squares around a channel: y = x / (k + a / n sum x^2)^beta.
+    """Normalize by the squares of the channels around: y = x / (k + alpha / n sum x^2)^beta.
 
     The sum runs over the n = `size` channels around each one. It equals
     `torch.nn.LocalResponseNorm` and `torch.nn.CrossMapLRN2d` on a GPU with torch 1.1, with which

@@ -81,14 +81,12 @@ class TimmBackbone(nn.Module):
         if pooled.shape != feature_map.shape[:2]:
             raise UserError(
                 f"the backbone {self.name} pools {tuple(feature_map.shape)} to "
-                f"{tuple(pooled.shape)}; "
-                "choose another network"
+                f"{tuple(pooled.shape)}; choose another network"
             )
-        wide = torch.promote_types(feature_map.dtype, torch.float32)
         with torch.autocast(pooled.device.type, enabled=False):
-            feature_map = feature_map.to(wide)
-            shift = pooled.to(wide) - feature_map.mean((2, 3))
-            return feature_map + shift[:, :, None, None]
+            wide = as_float(feature_map)
+            shift = as_float(pooled) - wide.mean((2, 3))
+            return wide + shift[:, :, None, None]
 
     def _as_map(self, features: Tensor) -> Tensor:
         """Bring the result of timm's forward_features to (B, C, h, w)."""

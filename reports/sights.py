@@ -16,6 +16,7 @@ from datasets.views import center_crop, center_crops, crop_size
 from models import check_crop_size
 from reports import findings
 from reports.runs import Run
+from reports.sheets import ROW_OF_ARRAY
 from utils.errors import UserError
 from utils.evaluation import MOST_NMI_CLASSES
 from utils.features import embeddings_of, pooled_features
@@ -78,7 +79,7 @@ def look(run: Run, options: Namespace, map_points: int) -> Sights | None:
     except UserError as error:
         run.missing["network"] = f"The images could not be embedded. {error}."
         return None
-    names = [Path(path).name for path, _ in listed]
+    paths = [path for path, _ in listed]
     labels = torch.from_numpy(test.labels)
     queries, squares, nearest = search(embeddings, test, options)
     n_clusters = min(len(test.classes), MOST_NMI_CLASSES)
@@ -86,7 +87,10 @@ def look(run: Run, options: Namespace, map_points: int) -> Sights | None:
         n_clusters = min(run.model.n_cluster, max(2, len(test) // FEWEST_IN_CLUSTER))
     return Sights(
         test=test,
-        names=[f"image {row}" if "#" in name else name for row, name in enumerate(names)],
+        names=[
+            f"image {row}" if ROW_OF_ARRAY.fullmatch(path) else Path(path).name
+            for row, path in enumerate(paths)
+        ],
         classes=[name for _, name in listed],
         distances=squares.sqrt(),
         nearest=nearest,

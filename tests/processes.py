@@ -49,7 +49,7 @@ def training(case: str, processes: Processes) -> dict[str, Tensor]:
     args = train.parse_args([*CASES[case], *network])
     pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
     split = make_split(IMAGES * STEPS)
-    fit_to_data(args, len(split), processes.count)
+    fit_to_data(args, len(split), processes.world_size)
     torch.manual_seed(1)
     model = build_model(args.backbone, getattr(args, "n_cluster", 5), 8, pooling=pooling).double()
     model.base_model = share_batch_norm(model.base_model, processes, CPU)
@@ -108,14 +108,14 @@ def all_features(processes: Processes) -> dict[str, Tensor]:
 def talk(processes: Processes) -> None:
     """Check what the processes tell each other."""
     rank = processes.rank
-    last = processes.count - 1
+    last = processes.world_size - 1
     assert processes.is_first == (rank == 0)
     assert processes.largest(10 - rank) == 10
     assert processes.largest(rank) == last
     assert processes.from_first(f"from {rank}") == "from 0"
     rows = noise(2 * IMAGES, 3)
-    share = processes.own_views(rows)
-    assert share.shape == (2 * IMAGES // processes.count, 3)
+    share = processes.local_views(rows)
+    assert share.shape == (2 * IMAGES // processes.world_size, 3)
     assert torch.equal(processes.gather_views(share), rows)
     processes.check_same({"lr": 0.1, "images": 24})
     try:
@@ -147,4 +147,4 @@ if __name__ == "__main__":  # FOLDER, where the first process saves the results
     with joined() as processes:
         results = everything(processes)
         if processes.is_first:
-            torch.save(results, Path(sys.argv[1]) / f"{processes.count}.pt")
+            torch.save(results, Path(sys.argv[1]) / f"{processes.world_size}.pt")

@@ -221,7 +221,8 @@ def test_which_files_are_images(tmp_path, caplog, monkeypatch):
     photos = [tmp_path / "b.TIFF", tmp_path / "cat" / "deep" / "a.jpg", tmp_path / "link.png"]
     save_photo(photos[0], 1)
     save_photo(photos[1], 2)
-    photos[2].symlink_to(photos[0])
+    photos[2].symlink_to(save_photo(tmp_path / ".elsewhere.png", 4))
+    (tmp_path / "twice.png").symlink_to(photos[0])
     for name in (".hidden.png", ".cache/x.png", "notes.txt", "no_suffix"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -234,6 +235,7 @@ def test_which_files_are_images(tmp_path, caplog, monkeypatch):
     assert find_images(tmp_path) == sorted(photos)
     for words in ("1 links to nothing", "1 .mp4", "1 .txt", "1 .HEIC (pip install pillow-heif"):
         assert words in caplog.text
+    assert "1 links to images that are here themselves are left out" in caplog.text
 
 
 def test_content_decides_over_a_suffix(tmp_path, caplog, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from sklearn.cluster import KMeans, kmeans_plusplus
-from sklearn.metrics import adjusted_mutual_info_score
+from sklearn.metrics import adjusted_mutual_info_score, pairwise_distances_argmin
 from torch import Tensor
 
 from utils.errors import UserError
@@ -176,16 +176,10 @@ def _nearest_in_cells(
     cells.add(centroids)
     cells.nprobe = NPROBE
     distances, nearest = cells.search(rows, 1)
-    missed = np.flatnonzero(nearest[:, 0] < 0)  # the nearest cells hold no centroid
+    missed = np.flatnonzero(nearest[:, 0] < 0)  # their nearest cells hold no centroid
     if len(missed):
-        sizes = [cells.get_list_size(number) for number in range(cells.nlist)]
-        filled = np.flatnonzero(sizes)
-        middles = cells.quantizer.reconstruct_n(0, cells.nlist)[filled]
-        asked = rows[missed]
-        to_middles, numbers = faiss.knn(asked, middles, min(NPROBE, len(filled)))
-        cells.nprobe = numbers.shape[1]
-        result = cells.search_preassigned(asked, 1, filled[numbers], to_middles)
-        distances[missed], nearest[missed] = result
+        cells.nprobe = cells.nlist
+        distances[missed], nearest[missed] = cells.search(rows[missed], 1)
     return distances[:, 0], nearest[:, 0]
 
 
@@ -258,18 +252,12 @@ def choose_k(features: np.ndarray, seed: int = 0) -> tuple[int, dict[int, float]
             divisions = []
             for half in np.array_split(order, 2):
                 result = kmeans(rows[half], k, n_init=1, max_iter=30, seed=seed)
-                divisions.append(nearest_centroids(rows, result[1]))
+                divisions.append(pairwise_distances_argmin(rows, result[1]))
             agreements.append(adjusted_mutual_info_score(*divisions))
         stability[k] = float(np.mean(agreements))
     best = max(stability.values())
     enough = best - (1 - STABLE) * abs(best)
     return max(k for k, value in stability.items() if value >= enough), stability
-
-
-def nearest_centroids(rows: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Return the number of the nearest centroid (K, D) of each row (N, D)."""
-    half_norms = np.square(centroids).sum(1) / 2
-    return (rows @ centroids.T - half_norms).argmax(1)
 
 
 def distances_to(rows: np.ndarray, centroids: np.ndarray, assignments: np.ndarray) -> np.ndarray:

@@ -42,15 +42,15 @@ class _Sum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a job as process number `rank` of `count` sees them.
+    """The processes of a job as process number `rank` of `world_size` sees them.
 
     A batch of m images in two views lies on them by images: process r holds both views of the
-    images r m / count to (r + 1) m / count, first views first. With `count` 1 every method returns
-    what it is given.
+    images r m / world_size to (r + 1) m / world_size, first views first. With a `world_size` of 1
+    every method returns what it is given.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     local_rank: int = 0
 
     @property
@@ -60,46 +60,46 @@ class Processes:
 
     @property
     def share(self) -> tuple[int, int]:
-        """(rank, count): which part of how many this process takes."""
-        return self.rank, self.count
+        """(rank, world_size): which part of how many this process takes."""
+        return self.rank, self.world_size
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of every process's x (same shape everywhere), differentiable."""
-        return x if self.count == 1 else _Sum.apply(x)
+        return x if self.world_size == 1 else _Sum.apply(x)
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean of every process's x (same shape everywhere), differentiable."""
-        return x if self.count == 1 else _Sum.apply(x) / self.count
+        return x if self.world_size == 1 else _Sum.apply(x) / self.world_size
 
     def gather_views(self, rows: Tensor) -> Tensor:
-        """Return the rows (2m, ...) of the whole batch from every process's (2m / count, ...),
+        """Return the rows (2m, ...) of the whole batch from every process's (2m / world_size, ...),
         differentiable.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return rows
         n_images = len(rows) // 2
-        whole = rows.new_zeros(2, self.count, n_images, *rows.shape[1:])
+        whole = rows.new_zeros(2, self.world_size, n_images, *rows.shape[1:])
         whole[:, self.rank] = rows.reshape(2, n_images, *rows.shape[1:])
         return self.sum(whole).flatten(0, 2)  # all other places are zero: the sum is exact
 
-    def own_views(self, rows: Tensor) -> Tensor:
-        """Return this process's rows (2m / count, ...) of the whole batch's (2m, ...)."""
-        if self.count == 1:
+    def local_views(self, rows: Tensor) -> Tensor:
+        """Return this process's rows (2m / world_size, ...) of the whole batch's (2m, ...)."""
+        if self.world_size == 1:
             return rows
-        return rows.reshape(2, self.count, -1, *rows.shape[1:])[:, self.rank].flatten(0, 1)
+        return rows.reshape(2, self.world_size, -1, *rows.shape[1:])[:, self.rank].flatten(0, 1)
 
     def gather_batches(self, batches: list) -> list:
-        """Return all batches in order; this process holds the batches rank, rank + count, ..."""
-        if self.count == 1:
+        """Return all batches in order; this process holds every world_size-th, from its rank on."""
+        if self.world_size == 1:
             return batches
-        gathered: list[list] = [[] for _ in range(self.count)]
+        gathered: list[list] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(gathered, batches)
         total = sum(map(len, gathered))
-        return [gathered[n % self.count][n // self.count] for n in range(total)]
+        return [gathered[n % self.world_size][n // self.world_size] for n in range(total)]
 
     def largest(self, number: int) -> int:
         """Return the largest of every process's number."""
-        if self.count == 1:
+        if self.world_size == 1:
             return number
         numbers = torch.tensor(number)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
@@ -111,7 +111,7 @@ class Processes:
 
     def from_first(self, value: Any) -> Any:
         """Return the first process's value: plain data, arrays, tensors on the CPU."""
-        if self.count == 1:
+        if self.world_size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values)
@@ -122,7 +122,7 @@ class Processes:
 
         A UserError of the first process is raised in all of them.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return work()
         result = error = None
         if self.is_first:
@@ -140,7 +140,7 @@ class Processes:
 
         They are not copied through the host.
         """
-        if self.count > 1:
+        if self.world_size > 1:
             dist.broadcast(labels, 0)
         return labels
 
@@ -161,7 +161,7 @@ class Processes:
         Args:
             uses_all: whether every trained parameter has a part in the loss.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return module
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # older versions lack the new name

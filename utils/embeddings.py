@@ -10,12 +10,10 @@ from __future__ import annotations
 import csv
 import json
 import os
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, chain, count
 from pathlib import Path
 
 import numpy as np
@@ -54,42 +52,35 @@ class KnownRows:
 
     def __init__(self, files: Sequence[Embeddings]) -> None:
         """Later files stand above earlier ones."""
-        self._files = [file for file in files if set(COLUMNS) <= set(file.columns)]
-        sizes = (len(file.columns["path"]) for file in self._files)
-        self._starts = list(accumulate(sizes, initial=0))
-        self._numbers = {
-            name: dict(zip(chain.from_iterable(f.columns[name] for f in self._files), count()))
-            for name in ("path", "sha256")
-        }
-        self._rows = lru_cache(MOST_OPEN)(lambda place: open_rows(self._files[place].file))
+        files = [file for file in files if set(COLUMNS) <= set(file.columns)]
+        self._open_rows = lru_cache(MOST_OPEN)(open_rows)
+        self._places: dict[str, dict] = {"path": {}, "sha256": {}}
+        for file in files:
+            for name, places in self._places.items():
+                places.update((text, (file, row)) for row, text in enumerate(file.columns[name]))
 
     def __len__(self) -> int:
         """Return the number of paths."""
-        return len(self._numbers["path"])
+        return len(self._places["path"])
 
     def unchanged(
         self, path: str, size: int | str = "", modified_ns: int | str = ""
     ) -> tuple[str, np.ndarray] | None:
         """Return content hash and row of an image that is as it was, None if it is not."""
-        number = self._numbers["path"].get(path)
-        if number is None:
+        if path not in self._places["path"]:
             return None
-        columns, row = self._row(number)
-        if (columns["bytes"], columns["modified_ns"]) != (str(size), str(modified_ns)):
+        file, row = self._places["path"][path]
+        facts = {name: texts[row] for name, texts in file.columns.items()}
+        if (facts["bytes"], facts["modified_ns"]) != (str(size), str(modified_ns)):
             return None
-        return columns["sha256"], row
+        return facts["sha256"], self._open_rows(file.file)[row]
 
     def of_content(self, sha256: str) -> np.ndarray | None:
         """Return the row of an image with these bytes, wherever it lay."""
-        number = self._numbers["sha256"].get(sha256)
-        return None if number is None else self._row(number)[1]
-
-    def _row(self, number: int) -> tuple[dict[str, str], np.ndarray]:
-        """Return the columns and the row of a number, counted over all files."""
-        place = bisect_right(self._starts, number) - 1
-        row = number - self._starts[place]
-        columns = {name: texts[row] for name, texts in self._files[place].columns.items()}
-        return columns, self._rows(place)[row]
+        if sha256 not in self._places["sha256"]:
+            return None
+        file, row = self._places["sha256"][sha256]
+        return self._open_rows(file.file)[row]
 
 
 def open_rows(file: Path) -> np.ndarray:

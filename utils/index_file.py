@@ -62,8 +62,6 @@ def kept_index(
         return index, f"built anew, as {n_gone} rows are gone" if n_gone else "built"
     is_new = np.ones(len(rows), bool)
     is_new[row_of[row_of >= 0]] = False
-    if not is_new.any():
-        return Index(rows, kind, opened=opened, row_of=row_of, **options), "opened"
     opened = faiss.read_index(str(file))  # what is memory-mapped cannot grow
     Index.add(opened, rows[is_new])
     row_of = np.concatenate([row_of, np.flatnonzero(is_new)])

@@ -165,10 +165,11 @@ class RunFolder:
         self._write_metrics(state.rows)
 
     def load(self, data: dict) -> dict:
-        """Read last.pth, {} if the run was stopped before its first checkpoint.
+        """Lock the folder and read last.pth, {} if the run was stopped before its first checkpoint.
 
         Raises UserError if it cannot be read, or was made of other data (their fingerprints).
         """
+        self.lock()
         path = self.path / LAST
         if not path.exists():
             if (self.path / BEST).exists():
