@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -61,7 +60,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the options and check them against each other."""
     parser = make_parser()
     kind = "clusters"
@@ -80,7 +79,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Group the images, write the files, print what was found."""
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     with StopRequest() as stop, stop.at_once():
         file = open_embeddings(Path(args.embeddings))
         if len(file.rows) == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -118,7 +117,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the options and check them against each other."""
     parser = make_parser()
     args = parser.parse(argv)
@@ -134,7 +133,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Embed the images, or write the network."""
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     allow_pixels(args.max_pixels)
     advice = "lower --test_batch, or use --precision bf16"
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import utils.threads  # noqa: F401
@@ -38,7 +37,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read the options, and check the places to write to before the work begins."""
     parser = make_parser()
     args = parser.parse(argv)
@@ -57,7 +56,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Read the options, write the page, say what is missing in it."""
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     out = Path(args.out)
     figures = Path(args.figures) if args.figures else None
     with StopRequest() as stop, stop.at_once():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,7 +70,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the options and check them against each other."""
     args = make_parser().parse(argv)
     if not args.index_file:
@@ -88,7 +87,7 @@ def check_effort(args: argparse.Namespace, kind: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Embed the queries, find their neighbors, print them and write the files."""
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     allow_pixels(args.max_pixels)
     with StopRequest() as stop, stop.at_once():
         file = open_embeddings(Path(args.embeddings))

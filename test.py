@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import utils.threads  # noqa: F401
@@ -78,7 +77,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the options, checked against each other and against what lies on the disk."""
     parser = make_parser()
     args = parser.parse(argv)
@@ -95,7 +94,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Load, embed, score, print."""
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     advice = "lower --test_batch, or use --precision bf16"
     with memory_faults(advice), StopRequest() as stop, stop.at_once(), joined() as processes:
         test(args, processes)

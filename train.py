@@ -38,7 +38,7 @@ from models import (
 from models.batch_norm import share_batch_norm
 from models.closed_form import HEADS, closed_form_head, head_size
 from recipes import add_method_options, fit_to_data, others_help, read_layers
-from recipes.start import StartChooser
+from recipes.start import choose_start
 from utils import options
 from utils.devices import choose_device, compute_deterministically, memory_faults
 from utils.distributed import Processes, joined
@@ -234,8 +234,7 @@ class Job:
         remarks = [f"{self.training} to train on, {self.test} to test on, {px} px"]
         remarks += fit_to_data(args, len(self.training), self.processes.world_size)
         if args.head_init == "auto":
-            chooser = StartChooser(args, self.training, self.device, self.processes)
-            self.pooled, measured = chooser.choose()
+            self.pooled, measured = choose_start(args, self.training, self.device, self.processes)
             remarks += measured
         has_closed_form = args.head_init != "random"
         self.pooling = Pooling.parse(args.layers, args.pool, has_closed_form, args.stripes)
@@ -368,8 +367,8 @@ def train_epoch(job: Job, epoch: int) -> dict:
     state = job.state
     if not state.is_begun:
         with job.stop.at_once(), state.timed("features"):
-            is_another = args.refit_head not in ("off", "start")  # than an epoch begins with
-            if epoch == 1 or is_another:
+            ends_otherwise = args.refit_head not in ("off", "start")  # than it begins
+            if epoch == 1 or ends_otherwise:
                 job.fit_head()
             state.logged = method.begin_epoch(epoch, job.features)
             state.is_begun = True

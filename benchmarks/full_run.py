@@ -9,7 +9,6 @@ epoch in this process tells how the time divides into stages (benchmarks/stages.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from models import build_model
 from utils.errors import run_script
 from utils.features import network_autocast
 from utils.options import path_name, whole
+from utils.runs import read_metrics
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKBONES = {"paper": "googlenet", "best": "resnet18"}  # of each recipe
@@ -69,8 +69,7 @@ def measure(words: Sequence[str], folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     subprocess.run([sys.executable, str(script), *words, *run], check=True)
     whole_s = time.perf_counter() - started
-    lines = (folder / "run/metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_metrics(folder / "run")
     names = ("features", "train", "evaluate")
     parts = {name: round(sum(row["seconds"][name] for row in rows), 2) for name in names}
     return {

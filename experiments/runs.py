@@ -17,7 +17,7 @@ from utils.devices import machine
 from utils.errors import UserError
 from utils.files import write_json
 from utils.options import LARGEST_SEED, Parser, folder_name, path_name, whole
-from utils.runs import CONFIG, LAST, METRICS
+from utils.runs import CONFIG, LAST, read_metrics
 from utils.signals import Stopped, StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,19 +284,12 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_epochs(folder: Path) -> list[dict]:
-    """Return the metrics of all epochs that are done."""
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def last_epoch(folder: Path) -> dict:
     """Return the metrics of the last epoch that is done, {} if none is."""
-    return (read_epochs(folder) or [{}])[-1]
+    return (read_metrics(folder) or [{}])[-1]
 
 
 def scored_epochs(folder: Path) -> list[dict]:
     """Return number, R@1 and NMI of all epochs that were scored."""
-    rows = [row for row in read_epochs(folder) if "recall@1" in row]
+    rows = [row for row in read_metrics(folder) if "recall@1" in row]
     return [{name: row.get(name) for name in ("epoch", "recall@1", "nmi")} for row in rows]

@@ -26,7 +26,7 @@ from utils.devices import choose_device
 from utils.errors import UserError
 from utils.evaluation import recall_titles
 from utils.files import write_text
-from utils.runs import BEST, criterion, scalars
+from utils.runs import BEST, CHOSEN_ON, criterion, last_and_best, scalars
 
 FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "bokeh")
@@ -34,7 +34,6 @@ GALLERY_SIDE = 144  # pixels
 MAP_SIDE = 80  # pixels
 MAP_PICTURE = 0.05  # side of a picture on the map, as a share of the map
 QUALITY = 75  # of the pictures, percent
-CHOSEN_ON = {"recall@1": "the test half", "val_recall@1": "held-out training classes"}
 MAP_NOTES = {  # by whether the nearest image is of the class
     True: "class {}, nearest image of its class",
     False: "class {}, nearest image of another class",
@@ -175,12 +174,7 @@ def scored_epochs(runs: Sequence[Run]) -> list[tuple[str, str, dict]]:
     """Return run, epoch in words and metrics of the last scored epoch and of the best."""
     table = []
     for run in runs:
-        scored = [row for row in run.rows if "recall@1" in row]
-        if not scored:
-            continue
-        score = criterion(run.rows)
-        best = max(scored, key=lambda row: row[score])
-        for words, row in (("last", scored[-1]), (f"best, chosen on {CHOSEN_ON[score]}", best)):
+        for words, row in last_and_best(run.rows):
             table.append((run.name, f"{row['epoch']} ({words})", row))
     return table
 
@@ -191,7 +185,7 @@ def facts(run: Run, options: Namespace) -> dict[str, str]:
     if run.info:
         table["checkpoint"] = f"{options.checkpoint}, after epoch {run.info['epoch']}"
         if options.checkpoint == BEST:
-            table["checkpoint"] += f", chosen on {CHOSEN_ON[criterion(run.rows)]}"
+            table["checkpoint"] += f", {CHOSEN_ON[criterion(run.rows)]}"
     trained_on = run.info.get("data", {})
     for half, split in (("training", run.training), ("validation", run.test)):
         before = trained_on.get(half, {})

@@ -45,7 +45,7 @@ def test_frames_tell_the_class_of_the_query(reported):
 
 def test_the_page_says_what_chose_the_best_epoch(reported, tmp_path):
     page = reported.text("run")
-    assert "1 (best, chosen on the test half)" in page and "the very images" in page
+    assert "1 (best, CHOSEN ON TEST)" in page and "the very images" in page
     shutil.copytree(reported.folder / "run", tmp_path / "run")
     held_out = [row | {"val_recall@1": row["epoch"], "val_nmi": 0.5} for row in METRICS]
     write_metrics(tmp_path / "run", held_out)
@@ -136,7 +136,7 @@ def test_the_page_says_what_is_missing(reported, tmp_path):
     (run / "config.json").unlink()
     page, said = report(run, "--checkpoint", "best.pth", out=tmp_path / "c.html")
     assert "metrics.jsonl cannot be read" in said and "config.json is missing" in said
-    assert 'id="map-1"' in page and "chosen on the test half" in page
+    assert 'id="map-1"' in page and "CHOSEN ON TEST" in page
 
 
 def test_a_folder_of_which_nothing_can_be_read(tmp_path):

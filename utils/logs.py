@@ -14,7 +14,7 @@ from utils.devices import has_fast_bf16
 from utils.errors import UserError
 from utils.evaluation import nmi_remark, recall_titles
 from utils.files import disk_faults
-from utils.runs import BEST, LAST, criterion
+from utils.runs import BEST, LAST, last_and_best
 
 log = logging.getLogger("train")
 MOST_LISTED = 8  # numbers of what a method reports
@@ -93,15 +93,13 @@ def score_text(row: dict, half: str) -> str:
 
 def log_summary(rows: list[dict], path: Path) -> None:
     """Log the last epoch, and the best one with what it was chosen on."""
-    score = criterion(rows)
-    scored = [row for row in rows if score in row]
+    scored = last_and_best(rows)
     if not scored:
         log.info("not scored, as the data set has no labels: %s", path / LAST)
         return
-    best = max(scored, key=lambda row: row[score])
-    chosen_on = "CHOSEN ON TEST" if score == "recall@1" else "chosen on held-out training classes"
-    for title, row, name in (("last", scored[-1], LAST), (f"best, {chosen_on}", best, BEST)):
+    for (title, row), name in zip(scored, (LAST, BEST), strict=True):
         texts = [score_text(row, part) for part in ("", "val_") if f"{part}recall@1" in row]
         log.info("%s epoch (%d): %s  %s", title, row["epoch"], "  ".join(texts), path / name)
-    if score == "recall@1":
-        log.info("NMI %s", nmi_remark(scored[-1]))
+    _, last = scored[0]
+    if "recall@1" in last:
+        log.info("NMI %s", nmi_remark(last))

@@ -26,6 +26,10 @@ LAST = "last.pth"
 BEST = "best.pth"
 REPORT = "report.html"
 EVENTS = "events.out.tfevents.*"
+CHOSEN_ON = {
+    "recall@1": "CHOSEN ON TEST",
+    "val_recall@1": "chosen on held-out training classes",
+}
 
 
 @dataclass
@@ -236,6 +240,26 @@ def criterion(rows: Sequence[dict]) -> str:
     rows: metrics of epochs.
     """
     return "val_recall@1" if any("val_recall@1" in row for row in rows) else "recall@1"
+
+
+def last_and_best(rows: Sequence[dict]) -> list[tuple[str, dict]]:
+    """Return the last scored epoch and the best one, each behind words for it; none: [].
+
+    rows: metrics of epochs.
+    """
+    score = criterion(rows)
+    scored = [row for row in rows if score in row]
+    if not scored:
+        return []
+    best = max(scored, key=lambda row: row[score])
+    return [("last", scored[-1]), (f"best, {CHOSEN_ON[score]}", best)]
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Return the metrics of all epochs of a run that are done."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def run_to_resume(path: str) -> Path:
