@@ -126,6 +126,12 @@ def test_a_recipe_that_is_not_there():
     failed(execute("--recipe="), "expected a path")
 
 
+def test_a_random_head_is_not_fitted_again():
+    assert train.parse_args(["--recipe=best", "--head_init=random"]).refit_head == "off"
+    words = ("--recipe=best", "--head_init=random", "--refit_head=auto")
+    failed(execute(*words), "--refit_head: a random head has no closed form")
+
+
 def test_a_resumed_run_keeps_its_options(data, tmp_path):
     run = trained(data, tmp_path, "--recipe=kmeans", n_cluster=4, positives="self").run
     saved = json.loads((run / "config.json").read_text())
@@ -139,8 +145,10 @@ def test_a_resumed_run_keeps_its_options(data, tmp_path):
     }
     again = execute("--config", run / "config.json", f"--checkpoint_dir={tmp_path / 'again'}")
     assert again.code == 0
-    for word in ("--t=0.2", "--seed=5", "--recipe=paper", "--backbone=resnet18", "--overwrite"):
+    for word in ("--t=0.2", "--seed=5", "--recipe=paper", "--backbone=resnet18"):
         failed(execute("--resume", run, word), word.partition("=")[0], "cannot change")
+    failed(execute("--resume", run, "--overwrite"), "--overwrite do not go with --resume")
+    failed(execute("--resume", run, "--config=other.json"), "do not go with --resume")
 
 
 # ---------------------------------------------------------------- options of other methods
