@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(RUN) train.py $(DEMO) --n_epoch 8 --model_name demo
 	$(RUN) test.py --dataset glyphs --checkpoint_path new_checkpoint/demo_untrained/last.pth --json new_checkpoint/demo_untrained/test.json
 	$(RUN) test.py --dataset glyphs --checkpoint_path new_checkpoint/demo/last.pth --json new_checkpoint/demo/test.json
-	$(RUN) benchmarks/compare.py new_checkpoint/demo_untrained/test.json new_checkpoint/demo/test.json
+	$(RUN) experiments/compare.py new_checkpoint/demo_untrained/test.json new_checkpoint/demo/test.json
 	$(RUN) report.py new_checkpoint/demo --before new_checkpoint/demo_untrained
 
 test: $(VENV)/.installed-dev

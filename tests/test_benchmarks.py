@@ -11,7 +11,6 @@ from synthetic import write_dataset
 from training import options
 
 from benchmarks import (
-    compare,
     decode,
     full_run,
     index,
@@ -102,14 +101,3 @@ def test_a_table_is_put_between_its_markers():
     assert placed == f"a\n<!-- speed -->\n{table}<!-- /speed -->\nb\n"
     with pytest.raises(ValueError, match="are missing; put them back"):
         tables.placed("no markers", "speed", [["x"]])
-
-
-@pytest.mark.parametrize(("after", "status"), [(0.3, 0), (0.1, 1)])
-def test_scores_of_two_files_are_compared(tmp_path, monkeypatch, capsys, after, status):
-    scores = {"recall@1": 0.2, "nmi": 0.4, "dataset": "toy", "classes": 4}
-    (tmp_path / "before").write_text(json.dumps(scores))
-    (tmp_path / "after").write_text(json.dumps(scores | {"recall@1": after, "nmi": 0.5}))
-    words = ["compare.py", str(tmp_path / "before"), str(tmp_path / "after")]
-    monkeypatch.setattr("sys.argv", words)
-    assert compare.main() == status
-    assert f"R@1 20.0 -> {100 * after:.1f}" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from photos import make_photos, write_embeddings
 from scripts import ROOT, run_in_process
 from synthetic import shapes, write_dataset_by_chance, write_split
 
-from experiments import clusters, duplicates, few_images, runs, sensitivity, table
+from experiments import clusters, compare, duplicates, few_images, runs, sensitivity, table
 from models import build_model
 from utils.errors import UserError
 
@@ -329,3 +329,14 @@ def test_ways_to_choose_the_number_of_clusters(tmp_path):
     chosen = result["tried"][str(result["chosen"])]
     assert 6 <= result["chosen"] <= 16 and chosen["ami"] > 0.8
     assert "| `e`, 240 | 8 | " in (tmp_path / "clusters.md").read_text()
+
+
+@pytest.mark.parametrize(("after", "status"), [(0.3, 0), (0.1, 1)])
+def test_scores_of_two_files_are_compared(tmp_path, monkeypatch, capsys, after, status):
+    scores = {"recall@1": 0.2, "nmi": 0.4, "dataset": "toy", "classes": 4}
+    (tmp_path / "before").write_text(json.dumps(scores))
+    (tmp_path / "after").write_text(json.dumps(scores | {"recall@1": after, "nmi": 0.5}))
+    words = ["compare.py", str(tmp_path / "before"), str(tmp_path / "after")]
+    monkeypatch.setattr("sys.argv", words)
+    assert compare.main() == status
+    assert f"R@1 20.0 -> {100 * after:.1f}" in capsys.readouterr().out
