@@ -1,5 +1,4 @@
-"""Train an embedding of images without labels, by CBSwR (Nguyen et al., BMVC 2020) or another
-recipe.
+"""Train an embedding of images without labels: CBSwR (Nguyen et al., BMVC 2020) or another method.
 
 images -> views -> backbone -> feature map -> embedding -> pseudo-labels -> centroids -> losses
 -> checkpoint -> R@K and NMI
@@ -10,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,42 +17,29 @@ import utils.threads  # noqa: F401
 import torch
 from torch import Tensor
 
-from datasets.arrays import Split, load_split
-from datasets.views import (
-    EpochPlan,
-    center_crops,
-    crop_size,
-    images_on,
-    two_view_batches,
-)
+from datasets.arrays import Split
+from datasets.halves import load_halves
+from datasets.views import EpochPlan, center_crops, crop_size, two_view_batches
 from methods import METHODS
-from models import (
-    BACKBONES,
-    Pooling,
-    build_model,
-    check_crop_size,
-    pooled_width,
-)
+from models import BACKBONES, Pooling, build_model, check_crop_size
 from models.batch_norm import share_batch_norm
-from models.closed_form import HEADS, closed_form_head, head_size
-from recipes import add_method_options, fit_to_data, others_help, read_layers
-from recipes.start import choose_start
+from models.closed_form import HEADS, closed_form_head
+from recipes import add_method_options, fit_to_data, others_help, read_layers, settle_options
+from recipes.start import fit_start, power_of_head
 from utils import options
 from utils.devices import choose_device, compute_deterministically, memory_faults
 from utils.distributed import Processes, joined
 from utils.errors import run_script
-from utils.evaluation import alone_remark, check_classes, score, why_no_nmi
+from utils.evaluation import score, why_no_nmi
 from utils.events import EventFile
 from utils.features import embeddings_of, pooled_features
 from utils.logs import log, log_epoch, log_start, log_summary, start_log
 from utils.options import Parser, folder_name, name_of, name_or, path_name, real, whole
 from utils.progress import progress
-from utils.runs import RunFolder, State, check_finite, run_to_resume
+from utils.runs import RunFolder, State, check_finite
 from utils.schedules import SCHEDULES, learning_rate
 from utils.signals import Stopped, StopRequest
 
-MOST_TRAINED = 0.45  # power of whitening that an epoch begins with: more makes worse pseudo-labels
-MORE_AT_END = 0.15  # power that trained features take beyond the start's
 CHECK_EVERY = 20  # steps between looks at the loss, for which a GPU has to wait
 REFUSED = {
     "--norm": "weighted a loss that the released code did not have; leave it out",
@@ -63,9 +48,6 @@ REFUSED = {
 }
 NAMES = {"cub200": "CUB200", "car196": "Car196"}  # of runs, as the released commands have them
 NOT_SAVED = {"given", "resume", "config", "overwrite"}
-CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "device", "nmi", "workers"}
-CHANGEABLE |= {"checkpoint_every_steps", "deterministic", "eval_memory_mb", "tensorboard"}
-CHANGEABLE |= {"data_dir", "log_dir", "data_on"}
 MACHINE = {"checkpoint_dir", "data_dir", "log_dir", "workers", "data_on"}  # may differ by machine
 
 
@@ -107,9 +89,7 @@ def make_parser(method: str) -> Parser:
     add("--seed", type=whole(0, options.LARGEST_SEED), default=1024, help="of everything random")
     group = parser.add_argument_group("evaluation")
     add = group.add_argument
-    add(
-        "--interval", type=whole(1), default=1, help="evaluate every so many epochs, and at the end"
-    )
+    add("--interval", type=whole(1), default=1, help="epochs between two evaluations")
     options.add_flip_eval(group, False)
     add("--nmi", type=name_of(("auto", "on", "off")), default="auto", help="auto: to 1000 classes")
     add("--val_classes", type=whole(0), default=0, help="last classes, held out for best.pth")
@@ -138,30 +118,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = make_parser(method)
     args = parser.parse(argv, layers)
     args.method = method
-    if args.resume:
-        _, saved = layers[0]
-        if args.given & {"config", "overwrite"}:
-            parser.error("--config and --overwrite do not go with --resume")
-        for name in sorted(args.given - CHANGEABLE):
-            if getattr(args, name) != saved.get(name):
-                parser.error(f"--{name} was {saved.get(name)} in {args.resume} and cannot change")
-        run = run_to_resume(args.resume)
-        args.checkpoint_dir = str(run.parent)
-        args.model_name = run.name
-    is_power = isinstance(args.refit_head, float)
-    if (is_power or "whiten_power" in args.given) and args.head_init != "whiten":
-        parser.error("--whiten_power and a power of --refit_head go with --head_init whiten")
-    # only now: a configuration may be that of another run, which has all options
-    args.given |= {name for _, config in layers[1:] for name in config}
-    if args.head_init == "random" and "refit_head" not in args.given:
-        args.refit_head = "off"
-    if args.head_init == "random" and args.refit_head != "off":
-        parser.error("--refit_head: a random head has no closed form; give --head_init pca")
-    keeps_kind = args.head_init != "auto" and "refit_head" not in args.given
-    if args.refit_head == "auto" and keeps_kind and not args.resume:
-        args.refit_head = "start"
-    if args.refit_head == "auto" and args.head_init in ("svd", "pca") and not args.resume:
-        parser.error("--refit_head auto whitens; it goes with --head_init whiten or auto")
+    settle_options(parser, args, layers)
     args.model_name = args.model_name or f"CBSwR_{NAMES.get(args.dataset, args.dataset)}"
     return args
 
@@ -178,94 +135,46 @@ class Job:
         self.stop = stop
         self.processes = processes
         self.device = choose_device(args.device, processes)
-        self.pooled: Tensor | None = None  # of the training images, by the network as it is
         run.check_free(args.overwrite or bool(args.resume))
-        self.load_data()
+        halves = load_halves(
+            args.data_dir, args.dataset, args.image_size, args.val_classes, args.n_images, args.seed
+        )
+        check_crop_size(args.backbone, crop_size(halves.training.image_size))
+        labels = None
+        if METHODS[args.method].uses_labels:
+            labels = torch.from_numpy(halves.training.class_numbers())
+        data = halves.fingerprints
         shared = {k: v for k, v in vars(args).items() if k not in NOT_SAVED | MACHINE}
-        processes.check_same(shared | self.data)
-        remarks = self.fit_options()
+        processes.check_same(shared | data)
+        remarks = halves.describe() + fit_to_data(args, len(halves.training), processes.world_size)
+        self.pooled, measured = fit_start(args, halves.training, self.device, processes)
         self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
-        saved = processes.by_first(lambda: run.load(self.data)) if args.resume else {}
-        self.make_network("none" if saved else args.weights)
-        self.bring_images()
+        saved = processes.by_first(lambda: run.load(data)) if args.resume else {}
+        self.make_network(len(halves.training), labels, "none" if saved else args.weights)
+        self.halves = halves.on(self.device, args.data_on)
         self.state = run.restore(saved, self.parts, self.device) if saved else State()
         if saved and self.state.epoch >= args.n_epoch:
             self.config = saved["config"]  # no epoch is left: the options it was trained with
+        remarks += measured
         if saved:
             remarks.append(f"goes on after epoch {self.state.epoch}, step {self.state.step}")
         self.events = None
         if processes.is_first:
             self.open_run(remarks)
 
-    def load_data(self) -> None:
-        """Open both halves, and take what is trained on from the training half."""
+    def make_network(self, n_images: int, labels: Tensor | None, weights: str) -> None:
+        """Make the network, the method that trains it on so many images, and the optimizer."""
         args = self.args
-        self.training = load_split(args.data_dir, args.dataset, "training", args.image_size)
-        size = self.training.image_size
-        self.test = load_split(args.data_dir, args.dataset, "validation", size)
-        self.n_alone = 0
-        if self.test.labeled:
-            self.n_alone = check_classes(self.test.labels, self.test.is_query)
-        self.data = {"training": self.training.fingerprint(), "validation": self.test.fingerprint()}
-        self.held_out = None
-        if args.val_classes:
-            self.training, self.held_out = self.training.hold_out(args.val_classes)
-            check_classes(self.held_out.labels)
-        if args.n_images:
-            self.training = self.training.sample(args.n_images, args.seed)
-        self.labels = None
-        if METHODS[args.method].uses_labels:
-            self.labels = torch.from_numpy(self.training.class_numbers())
-        check_crop_size(args.backbone, crop_size(size))
-
-    def bring_images(self) -> None:
-        """Copy the images of both halves to the GPU, if they are to lie there."""
-        halves = [self.training.images, self.test.images]
-        training, test = images_on(self.device, halves, self.args.data_on)
-        self.training = replace(self.training, images=training)
-        self.test = replace(self.test, images=test)
-        if self.held_out:
-            self.held_out = replace(self.held_out, images=training)
-
-    def fit_options(self) -> list[str]:
-        """Settle the options that depend on the training images; returns what is worth a remark."""
-        args = self.args
-        px = self.training.image_size
-        remarks = [f"{self.training} to train on, {self.test} to test on, {px} px"]
-        remarks += fit_to_data(args, len(self.training), self.processes.world_size)
-        if args.head_init == "auto":
-            self.pooled, measured = choose_start(args, self.training, self.device, self.processes)
-            remarks += measured
-        has_closed_form = args.head_init != "random"
-        self.pooling = Pooling.parse(args.layers, args.pool, has_closed_form, args.stripes)
-        if has_closed_form and not args.resume and "low_dim" not in args.given:
-            width = pooled_width(args.backbone, self.pooling)
-            low_dim = head_size(args.low_dim, len(self.training), width)
-            if low_dim != args.low_dim:
-                remarks.append(f"low_dim {args.low_dim} becomes {low_dim} for {self.training}")
-            args.low_dim = low_dim
-        if self.n_alone:
-            remarks.append(alone_remark(self.n_alone))
-        return remarks
-
-    def make_network(self, weights: str) -> None:
-        """Make the network, the method that trains it, and the optimizer."""
-        args = self.args
+        pooling = Pooling.parse(args.layers, args.pool, args.head_init != "random", args.stripes)
         torch.manual_seed(args.seed)
         n_cluster = getattr(args, "n_cluster", 32)  # of a cluster head that the method may not use
-        model = build_model(args.backbone, n_cluster, args.low_dim, weights, self.pooling)
+        model = build_model(args.backbone, n_cluster, args.low_dim, weights, pooling)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         if args.train_batch_norm:  # frozen statistics need no sharing
-            network = share_batch_norm(model.base_model, self.processes, self.device)
-            self.model.base_model = network
+            self.model.base_model = share_batch_norm(model.base_model, self.processes, self.device)
         self.model.train_parts(args.train_stages, args.train_batch_norm)
-        make_method = METHODS[args.method]
-        self.method = make_method(
-            self.model,
-            args,
-            n_images=len(self.training),
-            labels=self.labels,
-            processes=self.processes,
+        self.method = METHODS[args.method](
+            self.model, args, n_images, labels=labels, processes=self.processes
         ).to(self.device)
         self.training_step = self.processes.parallel(self.method, self.device, self.method.uses_all)
         make_optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[args.optimizer]
@@ -285,13 +194,13 @@ class Job:
         """Write the checkpoint, unless weights are not finite."""
         check_finite(self.model.state_dict(), f"epoch {self.state.epoch}, step {self.state.step}")
         if self.processes.is_first:
-            facts = {"config": self.config, "data": self.data}
+            facts = {"config": self.config, "data": self.halves.fingerprints}
             self.run.save(self.parts, self.state, facts, best)
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Return pooled features (N, C) and embeddings (N, D) of all training images (CPU)."""
         if self.pooled is None:
-            self.pooled = self.pool(self.training, "features of the training images")
+            self.pooled = self.pool(self.halves.training, "features of the training images")
         return self.pooled, embeddings_of(self.model, self.pooled)
 
     def pool(self, split: Split, title: str) -> Tensor:
@@ -313,40 +222,32 @@ class Job:
         if args.head_init == "random":
             return
         pooled, _ = self.features()
-        kind = args.head_init
-        power = args.whiten_power
-        if at_end and args.refit_head == "auto":
-            power = max(power, min(power + MORE_AT_END, 1.0))
-        elif at_end and args.refit_head != "start":
-            power = args.refit_head
-        elif args.n_epoch and args.refit_head == "auto":
-            power = min(power, MOST_TRAINED)
+        kind, power = args.head_init, power_of_head(args, at_end)
         head = closed_form_head(pooled, args.low_dim, kind, power)
         self.model.set_head(*self.processes.from_first(head))
         self.method.head_changed()
         for parameter in self.model.feat_ext.parameters():
             self.optimizer.state.pop(parameter, None)  # moments of the head that was
-        text = f"{kind} {power:g}" if kind == "whiten" else kind
-        log.info("head by %s of the features of %d images", text, len(pooled))
+        name = f"{kind} {power:g}" if kind == "whiten" else kind
+        log.info("head by %s of the features of %d images", name, len(pooled))
 
     def evaluate(self) -> dict:
         """Score the test half, and the held-out classes as val_...; {} without labels."""
+        args = self.args
         scores = {}
-        for prefix, split in (("", self.test), ("val_", self.held_out)):
+        for prefix, split in (("", self.halves.test), ("val_", self.halves.held_out)):
             if split is None or not split.labeled:
                 continue
             embeddings = embeddings_of(self.model, self.pool(split, f"{prefix}features"))
-            scoring = partial(
-                score,
-                embeddings.to(self.device),
-                split.labels,
-                self.args.dataset,
-                is_query=split.is_query,
-                no_nmi=why_no_nmi(self.args.nmi, len(split.classes)),
-                memory_mb=self.args.eval_memory_mb,
-            )
-            results = self.processes.by_first(scoring).items()
-            scores |= {f"{prefix}{name}": value for name, value in results}
+            options = {
+                "is_query": split.is_query,
+                "no_nmi": why_no_nmi(args.nmi, len(split.classes)),
+                "memory_mb": args.eval_memory_mb,
+            }
+            embeddings = embeddings.to(self.device)
+            scoring = partial(score, embeddings, split.labels, args.dataset, **options)
+            results = self.processes.by_first(scoring)
+            scores |= {f"{prefix}{name}": value for name, value in results.items()}
         return scores
 
     def end_epoch(self, row: dict) -> None:
@@ -365,6 +266,7 @@ def train_epoch(job: Job, epoch: int) -> dict:
     args = job.args
     method = job.method
     state = job.state
+    training = job.halves.training
     if not state.is_begun:
         with job.stop.at_once(), state.timed("features"):
             ends_otherwise = args.refit_head not in ("off", "start")  # than it begins
@@ -375,9 +277,9 @@ def train_epoch(job: Job, epoch: int) -> dict:
 
     neighbors = method.neighbors_and_positives()
     plan = EpochPlan(
-        job.training, args.batch_size, args.seed, epoch, **neighbors, share=job.processes.share
+        training, args.batch_size, args.seed, epoch, **neighbors, share=job.processes.share
     )
-    batches = two_view_batches(job.training.images, plan, args.workers, state.step)
+    batches = two_view_batches(training.images, plan, args.workers, state.step)
     method.train()
     started = time.perf_counter()
     job.pooled = None  # the network changes from here on

@@ -12,6 +12,9 @@ from utils.options import Parser, read_json_object
 from utils.runs import CONFIG, run_to_resume
 
 RECIPES = Path(__file__).resolve().parent
+CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "device", "nmi", "workers"}
+CHANGEABLE |= {"checkpoint_every_steps", "deterministic", "eval_memory_mb", "tensorboard"}
+CHANGEABLE |= {"data_dir", "log_dir", "data_on"}
 
 
 def add_method_options(parser: Parser, name: str) -> None:
@@ -85,6 +88,44 @@ def _read_run(path: Path) -> tuple[str, dict]:
     if "method" not in config:
         raise UserError(f"resume {path.parent}: an earlier version made it; it can be tested only")
     return str(path), config
+
+
+def settle_options(
+    parser: Parser, args: argparse.Namespace, layers: list[tuple[str, dict]]
+) -> None:
+    """Refuse options that do not go together, and settle those that follow from others.
+
+    layers: those of `read_layers`, above which the options were parsed.
+    """
+    if args.resume:
+        _keep_saved(parser, args, layers[0][1])
+    is_power = isinstance(args.refit_head, float)
+    if (is_power or "whiten_power" in args.given) and args.head_init != "whiten":
+        parser.error("--whiten_power and a power of --refit_head go with --head_init whiten")
+    # only now: a configuration may be that of another run, which has all options
+    args.given |= {name for _, config in layers[1:] for name in config}
+    if args.resume or args.head_init == "auto":
+        return
+    if "refit_head" not in args.given and args.head_init == "random":
+        args.refit_head = "off"
+    elif "refit_head" not in args.given and args.refit_head == "auto":
+        args.refit_head = "start"
+    if args.head_init == "random" and args.refit_head != "off":
+        parser.error("--refit_head: a random head has no closed form; give --head_init pca")
+    if args.head_init in ("svd", "pca") and args.refit_head == "auto":
+        parser.error("--refit_head auto whitens; it goes with --head_init whiten or auto")
+
+
+def _keep_saved(parser: Parser, args: argparse.Namespace, saved: dict) -> None:
+    """Take a run to resume with its own options; refuse others that would change it."""
+    if args.given & {"config", "overwrite"}:
+        parser.error("--config and --overwrite do not go with --resume")
+    for name in sorted(args.given - CHANGEABLE):
+        if getattr(args, name) != saved.get(name):
+            parser.error(f"--{name} was {saved.get(name)} in {args.resume} and cannot change")
+    run = run_to_resume(args.resume)
+    args.checkpoint_dir = str(run.parent)
+    args.model_name = run.name
 
 
 def fit_to_data(args: argparse.Namespace, n_images: int, n_processes: int) -> list[str]:

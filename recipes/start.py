@@ -12,12 +12,48 @@ from torch import Tensor
 from datasets.arrays import Split
 from datasets.views import N_PARTS, center_crops, part_crops
 from models import Pooling, build_model, pooled_channels, pooled_width
+from models.closed_form import head_size
 from models.start import ALIGNED, FEWEST_ALIGNED, aligned_share, best_of, score_heads
 from utils.distributed import Processes
 from utils.features import pooled_features
 from utils.progress import progress
 
 START_IMAGES = 800  # whose parts are looked at to judge heads
+MOST_TRAINED = 0.45  # power of whitening that an epoch begins with: more makes worse pseudo-labels
+MORE_AT_END = 0.15  # power that trained features take beyond the start's
+
+
+def fit_start(
+    args: argparse.Namespace, training: Split, device: torch.device, processes: Processes
+) -> tuple[Tensor | None, list[str]]:
+    """Fit head_init, whiten_power, stripes and low_dim to the training images, where they are open.
+
+    Returns the pooled features (N, C) of these images, if they were computed, and what was measured
+    and changed, in sentences.
+    """
+    pooled = None
+    remarks: list[str] = []
+    if args.head_init == "auto":
+        pooled, remarks = choose_start(args, training, device, processes)
+    if args.head_init == "random" or args.resume or "low_dim" in args.given:
+        return pooled, remarks
+    pooling = Pooling.parse(args.layers, args.pool, True, args.stripes)
+    width = pooled_width(args.backbone, pooling)
+    low_dim = head_size(args.low_dim, len(training), width)
+    if low_dim != args.low_dim:
+        remarks.append(f"low_dim {args.low_dim} becomes {low_dim} for {training}")
+    args.low_dim = low_dim
+    return pooled, remarks
+
+
+def power_of_head(args: argparse.Namespace, at_end: bool) -> float:
+    """Return to which power the head of the beginning or of the end of an epoch whitens."""
+    power = args.whiten_power
+    if at_end and args.refit_head not in ("auto", "start"):
+        return args.refit_head
+    if args.refit_head != "auto" or not args.n_epoch:
+        return power
+    return max(power, min(power + MORE_AT_END, 1.0)) if at_end else min(power, MOST_TRAINED)
 
 
 def choose_start(
