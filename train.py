@@ -222,7 +222,8 @@ class Job:
         if args.head_init == "random":
             return
         pooled, _ = self.features()
-        kind, power = args.head_init, power_of_head(args, at_end)
+        kind = args.head_init
+        power = power_of_head(args, at_end)
         head = closed_form_head(pooled, args.low_dim, kind, power)
         self.model.set_head(*self.processes.from_first(head))
         self.method.head_changed()
@@ -266,20 +267,18 @@ def train_epoch(job: Job, epoch: int) -> dict:
     args = job.args
     method = job.method
     state = job.state
-    training = job.halves.training
     if not state.is_begun:
         with job.stop.at_once(), state.timed("features"):
-            ends_otherwise = args.refit_head not in ("off", "start")  # than it begins
-            if epoch == 1 or ends_otherwise:
+            if epoch == 1 or args.refit_head not in ("off", "start"):  # the end had another head
                 job.fit_head()
             state.logged = method.begin_epoch(epoch, job.features)
             state.is_begun = True
 
-    neighbors = method.neighbors_and_positives()
+    pairs = method.neighbors_and_positives()
     plan = EpochPlan(
-        training, args.batch_size, args.seed, epoch, **neighbors, share=job.processes.share
+        job.halves.training, args.batch_size, args.seed, epoch, share=job.processes.share, **pairs
     )
-    batches = two_view_batches(training.images, plan, args.workers, state.step)
+    batches = two_view_batches(job.halves.training.images, plan, args.workers, state.step)
     method.train()
     started = time.perf_counter()
     job.pooled = None  # the network changes from here on
@@ -301,8 +300,8 @@ def train_epoch(job: Job, epoch: int) -> dict:
         if args.checkpoint_every_steps and state.step % args.checkpoint_every_steps == 0:
             job.save()
         job.stop.check()
-    rate = job.optimizer.param_groups[0]["lr"]
-    return {"epoch": epoch, "lr": rate} | state.means() | state.logged
+    row = {"epoch": epoch, "lr": job.optimizer.param_groups[0]["lr"]}
+    return row | state.means() | state.logged
 
 
 def train(job: Job) -> None:
