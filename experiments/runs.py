@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 
 import train
+from recipes import CHANGEABLE
 from utils.devices import machine
 from utils.errors import UserError
 from utils.files import write_json
@@ -23,7 +24,7 @@ from utils.signals import Stopped, StopRequest
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = "plan.json"  # the options of a run, as they were before it began
 RESERVED = {"dataset", "backbone", "image_size", "seed", "checkpoint_dir", "model_name", "resume"}
-FREE = train.NOT_SAVED | train.CHANGEABLE - {"lr", "nmi"}  # options in which a kept run may differ
+FREE = train.NOT_SAVED | CHANGEABLE - {"lr", "nmi"}  # options in which a kept run may differ
 TESTED_WITH = ["dataset", "data_dir", "image_size", "device", "precision", "test_batch", "workers"]
 FROZEN_WITH = [*TESTED_WITH, "backbone", "weights", "layers", "pool", "stripes", "flip_eval"]
 PATHS = ("weights", "checkpoint", "checkpoint_dir", "data_dir", "log_dir")
