@@ -73,14 +73,14 @@ class Embedder:
 
         Raises UserError if it cannot be loaded (see `models.load_network`).
         """
-        is_path = isinstance(source, Path)
-        source = str(source)
-        checkpoint, backbone = source, None
-        if not is_path and (source in BACKBONES or source.startswith(TIMM_PREFIX)):
-            checkpoint, backbone = None, source
-        elif not find_checkpoint(source).is_file():
-            hint = nearest_hint(source, BACKBONES)
-            raise UserError(f"{source}: no such file or run, and no backbone{hint}")
+        name = str(source)
+        is_name = name in BACKBONES or name.startswith(TIMM_PREFIX)
+        is_backbone = is_name and not isinstance(source, Path)
+        if not is_backbone and not find_checkpoint(name).is_file():
+            hint = nearest_hint(name, BACKBONES)
+            raise UserError(f"{name}: no such file or run, and no backbone{hint}")
+        checkpoint = None if is_backbone else name
+        backbone = name if is_backbone else None
         if isinstance(device, str):
             device = choose_device(device)
         devices = [device] if device.type == "cuda" else []

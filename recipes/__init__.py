@@ -140,7 +140,8 @@ def fit_to_data(args: argparse.Namespace, n_images: int, n_processes: int) -> li
         fitting["n_epoch"] = 0
     changes = []
     for name in fitting.keys() & vars(args).keys() - args.given:
-        value, fitted = getattr(args, name), fitting[name]
+        value = getattr(args, name)
+        fitted = fitting[name]
         if value == fitted or args.resume:
             continue
         setattr(args, name, fitted)

@@ -75,13 +75,14 @@ def choose_start(
     crops = progress(crops, "features for the start")
     all_pooled = features(crops, flip=args.flip_eval, poolings=poolings)
     remarks = []
-    pooling, pooled = poolings[0], all_pooled[0]
+    number = 0
     if len(poolings) > 1:
         stripes = poolings[1].stripes_of(all_pooled[1], pooled_channels(args.backbone, poolings[1]))
-        aligned = processes.by_first(lambda: aligned_share(pooled, stripes))
+        aligned = processes.by_first(lambda: aligned_share(all_pooled[0], stripes))
         remarks.append(f"{100 * aligned:.1f} % of stripes find their like at the same height")
-        if aligned >= ALIGNED:
-            pooling, pooled = poolings[1], all_pooled[1]
+        number = int(aligned >= ALIGNED)
+    pooling = poolings[number]
+    pooled = all_pooled[number]
     index = np.random.default_rng([args.seed, 0]).permutation(len(training))[:START_IMAGES]
     batch_size = -(-args.test_batch // N_PARTS)
     crops = part_crops(training, index, args.seed, batch_size, args.workers, processes.share)
