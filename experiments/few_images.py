@@ -165,7 +165,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     return float(spearmanr(first, second).statistic)
 
 
-def load_halves(args: argparse.Namespace, dataset: str) -> list[Split]:
+def open_splits(args: argparse.Namespace, dataset: str) -> list[Split]:
     """Open both halves of a data set."""
     names = ("training", "validation")
     return [load_split(args.data_dir, dataset, name, args.image_size) for name in names]
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     datasets = dict.fromkeys([*args.dataset, *args.photos])
     if not datasets:
         raise UserError("name a --dataset, or --photos")
-    halves = {name: load_halves(args, name) for name in datasets}
+    halves = {name: open_splits(args, name) for name in datasets}
     sizes = {training.image_size for training, _ in halves.values()}
     if len(sizes) > 1:
         raise UserError(f"the data sets have images of {sizes} pixels; give --image_size")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from reports.charts import style_of
 from reports.curves import LOSSES, SCORES, Chart
 from reports.findings import even_steps
 from reports.sights import Sights
-from utils.files import made_folder, written_whole
+from utils.files import written_whole
 
-matplotlib.use("Agg")
 COLUMNS = 3  # of charts
 QUERIES = 5  # random ones
 WORST = 3  # queries
@@ -34,19 +33,20 @@ def write_figures(folder: Path, charts: Sequence[Chart], sights: Sights | None) 
 
     Without `sights` there are the curves alone, and without numbers no curves.
     """
-    with made_folder(folder):
-        drawn = [chart for chart in charts if chart.group in (SCORES, LOSSES)]
-        if drawn:
-            _save(_curves(drawn), folder / "curves.png")
-        if sights is not None:
-            _save(_gallery(_retrieval_rows(sights), sights), folder / "retrieval.png")
-            _save(_gallery(_cluster_rows(sights), sights), folder / "clusters.png")
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [chart for chart in charts if chart.group in (SCORES, LOSSES)]
+    if drawn:
+        _save(_curves(drawn), folder / "curves.png")
+    if sights is not None:
+        _save(_gallery(_retrieval_rows(sights), sights), folder / "retrieval.png")
+        _save(_gallery(_cluster_rows(sights), sights), folder / "clusters.png")
 
 
 def _curves(charts: Sequence[Chart]) -> Image.Image:
-    n_rows = -(-len(charts) // COLUMNS)
+    n_rows = math.ceil(len(charts) / COLUMNS)
     size = (9, 2.3 * n_rows)
-    figure, grid = plt.subplots(n_rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(n_rows, COLUMNS, squeeze=False)
     for axes in grid.flat[len(charts) :]:
         axes.remove()
     for axes, chart in zip(grid.flat, charts, strict=False):
@@ -65,7 +65,6 @@ def _curves(charts: Sequence[Chart]) -> Image.Image:
     figure.supxlabel("epoch", fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
     return Image.open(file).convert("RGB")
 
 
