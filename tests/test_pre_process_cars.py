@@ -58,6 +58,12 @@ def test_folders_of_classes(ram, inside, tmp_path):
     assert "6 images, Cars196 has 16,185" in done.err
 
 
+def test_folders_of_classes_in_a_folder_of_another_name(tmp_path):
+    make_cars_classes(tmp_path / "cars", RAM)
+    assert script(tmp_path / "cars").code == 0
+    check(tmp_path / "cars", tmp_path)
+
+
 @pytest.mark.parametrize("names", ["official", "alphabetical", ""])
 def test_parquet_files(names, tmp_path):
     archives = make_cars_parquet(tmp_path / "car196", names)
