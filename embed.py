@@ -214,9 +214,9 @@ def collect(
     stop: StopRequest,
 ) -> None:
     """Embed the images of a source that have no row yet, and keep their rows."""
-    source.known = store.known()
-    if len(source.known):
-        print(f"{store.file}: goes on; {len(source.known)} images have a row already")
+    source.known_rows = store.known_rows()
+    if len(source.known_rows):
+        print(f"{store.file}: goes on; {len(source.known_rows)} images have a row already")
     for crops, rows in embedded(args, embedder, source, "embedding"):
         if not crops.is_unchanged:
             store.add(rows, crops.listed)
@@ -232,7 +232,7 @@ def join(
 ) -> None:
     """Write the rows of all images, in order, to the file; what changed meanwhile is embedded."""
     store.save()
-    source.known = store.known()
+    source.known_rows = store.known_rows()
 
     def batches() -> Iterator[tuple[np.ndarray, list, list]]:
         for crops, rows in embedded(args, embedder, source, "joining"):

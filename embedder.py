@@ -182,7 +182,7 @@ class Embedder:
 
 def _as_square(picture: Picture, image_size: int) -> np.ndarray:
     """Squash an image of any kind to a square, uint8 RGB."""
-    given = picture
+    original = picture
     if isinstance(picture, bytes):
         return decode_image(picture, image_size)
     if isinstance(picture, str | os.PathLike):
@@ -203,14 +203,14 @@ def _as_square(picture: Picture, image_size: int) -> np.ndarray:
             picture = picture[..., 0]
         is_color = picture.ndim == 3 and picture.shape[2] in (3, 4)
         if picture.dtype != np.uint8 or not (is_color or picture.ndim == 2):
-            shape = tuple(given.shape)
+            shape = tuple(original.shape)
             raise ValueError(
                 "expected an array of uint8, (H, W, 3) or (H, W), or a tensor, (3, H, W) or "
-                f"(H, W), of uint8 or of numbers from 0 to 1; got {given.dtype} {shape}"
+                f"(H, W), of uint8 or of numbers from 0 to 1; got {original.dtype} {shape}"
             )
         picture = Image.fromarray(picture)
     if not isinstance(picture, Image.Image):
-        kind = type(given).__name__
+        kind = type(original).__name__
         raise ValueError(f"expected a PIL image, path, bytes, array or tensor, got {kind}")
     return squash(as_rgb(upright(picture.copy())), image_size)
 

@@ -141,7 +141,7 @@ def embed_queries(
     source = FileSource(
         query_paths(args.query, args.skip_bad), file.facts["image_size"], args.workers
     )
-    source.known = KnownRows([file])
+    source.known_rows = KnownRows([file])
     embedder = None
     queries = []
     parts = []

@@ -31,25 +31,25 @@ class ImageBatch:
         pixels: uint8 RGB (b, crop, crop, 3), of the readable images that have no known row.
         listed: path, class, size in bytes, time of change in ns and SHA-256 of each readable
             image; of a row of an array path and class alone.
-        known: the known row of each of these; None: its crop is among the pixels.
+        known_rows: the known row of each of these; None: its crop is among the pixels.
         unreadable: path and reason of each image that cannot be read.
         is_unchanged: whether all images are known by their paths.
     """
 
     pixels: Tensor
     listed: list[tuple[str, str, int | str, int | str, str]]
-    known: list[np.ndarray | None]
+    known_rows: list[np.ndarray | None]
     unreadable: list[tuple[str, str]]
     is_unchanged: bool
 
     def rows(self, embed: Callable[[Tensor], np.ndarray] | None, dimension: int) -> np.ndarray:
         """Return all rows (b, D): known ones, and those that `embed` makes of pixels."""
         rows = np.empty((len(self.listed), dimension), np.float32)
-        is_new = np.array([row is None for row in self.known], bool)
+        is_new = np.array([row is None for row in self.known_rows], bool)
         if is_new.any():
             rows[is_new] = embed(self.pixels)
         for number in np.flatnonzero(~is_new):
-            rows[number] = self.known[number]
+            rows[number] = self.known_rows[number]
         return rows
 
 
@@ -66,7 +66,7 @@ class _Image(NamedTuple):
 class FileSource:
     """Image files, squashed to squares of `image_size` pixels as pre-processing does it.
 
-    known: rows of images that need no crop.
+    known_rows: rows of images that need no crop.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class FileSource:
         self.paths = [os.path.abspath(path) for path in paths]
         self.image_size = image_size
         self.workers = max(1, workers)
-        self.known = KnownRows([])
+        self.known_rows = KnownRows([])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -103,7 +103,7 @@ class FileSource:
         return ImageBatch(
             pixels=torch.from_numpy(center_crop(pixels)),
             listed=[image.listed for image in readable],
-            known=[image.row for image in readable],
+            known_rows=[image.row for image in readable],
             unreadable=[(p, i.fault) for p, i in zip(paths, images, strict=True) if i.fault],
             is_unchanged=all(image.is_unchanged for image in readable),
         )
@@ -118,12 +118,12 @@ class FileSource:
         try:
             entry = os.stat(path)
             columns = (path, "", entry.st_size, entry.st_mtime_ns)
-            same = self.known.unchanged(path, entry.st_size, entry.st_mtime_ns)
+            same = self.known_rows.unchanged(path, entry.st_size, entry.st_mtime_ns)
             if same:
                 return _Image((*columns, same[0]), same[1], is_unchanged=True)
             content = Path(path).read_bytes()
             sha256 = hashlib.sha256(content).hexdigest()
-            row = self.known.of_content(sha256)
+            row = self.known_rows.of_content(sha256)
             square = decode_image(content, self.image_size) if row is None else None
         except (OSError, UnreadableError) as error:
             return _Image(fault=getattr(error, "strerror", None) or str(error))
@@ -135,7 +135,7 @@ class ArraySource:
 
     def __init__(self, splits: Sequence[Split]) -> None:
         self.splits = splits
-        self.known = KnownRows([])
+        self.known_rows = KnownRows([])
         self.image_size = splits[0].image_size
         self.listed = [(*row, "", "", "") for split in splits for row in listed_paths(split)]
 
@@ -150,18 +150,18 @@ class ArraySource:
     def crops(self, start: int, stop: int) -> ImageBatch:
         """Read the images from number `start` to before `stop`; they may lie in two splits."""
         listed = self.listed[start:stop]
-        same = [self.known.unchanged(path) for path, *_ in listed]
-        known = [row and row[1] for row in same]
+        same = [self.known_rows.unchanged(path) for path, *_ in listed]
+        known_rows = [None if match is None else match[1] for match in same]
         if None not in same:
-            return ImageBatch(torch.empty(0, dtype=torch.uint8), listed, known, [], True)
+            return ImageBatch(torch.empty(0, dtype=torch.uint8), listed, known_rows, [], True)
         parts = []
         first = 0
         for split in self.splits:
             rows = split.rows[max(0, start - first) : max(0, stop - first)]
             parts.append(center_crop(split.images)[rows])
             first += len(split)
-        pixels = np.concatenate(parts)[[row is None for row in known]]
-        return ImageBatch(torch.from_numpy(pixels), listed, known, [], False)
+        pixels = np.concatenate(parts)[[row is None for row in known_rows]]
+        return ImageBatch(torch.from_numpy(pixels), listed, known_rows, [], False)
 
 
 def _facts(source: FileSource | ArraySource, fingerprint: str) -> dict:

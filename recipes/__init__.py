@@ -20,12 +20,12 @@ CHANGEABLE |= {"data_dir", "log_dir", "data_on"}
 def add_method_options(parser: Parser, name: str) -> None:
     """Add the options of a method; those that only other methods read are refused from now on."""
     METHODS[name].add_options(parser.add_argument_group(f"method {name}"))
-    known = set(parser._option_string_actions) | set(parser.refused)
+    taken = set(parser._option_string_actions) | set(parser.refused)
     readers = defaultdict(list)
-    for other in METHODS:
-        for option in _option_parser(other)._option_string_actions:
-            readers[option].append(other)
-    for option in readers.keys() - known:
+    for method in METHODS:
+        for option in _option_parser(method)._option_string_actions:
+            readers[option].append(method)
+    for option in readers.keys() - taken:
         parser.refused[option] = (
             f"is not read by the method {name} of this recipe, but by {', '.join(readers[option])}"
         )

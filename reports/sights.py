@@ -114,9 +114,9 @@ def search(embeddings: Tensor, test: Split, options: Namespace) -> tuple[Tensor,
         return torch.arange(len(test)), squares, nearest
     is_query = torch.from_numpy(test.is_query)
     asking, asked = embeddings[is_query], embeddings[~is_query]
-    found = nearest_neighbors(asked, k, queries=asking, memory_mb=memory_mb)
-    squares[is_query] = found[0]
-    nearest[is_query] = (~is_query).nonzero().flatten()[found[1]]
+    of_queries = nearest_neighbors(asked, k, queries=asking, memory_mb=memory_mb)
+    squares[is_query] = of_queries[0]
+    nearest[is_query] = (~is_query).nonzero().flatten()[of_queries[1]]
     return is_query.nonzero().flatten(), squares, nearest
 
 

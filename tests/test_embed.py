@@ -188,7 +188,7 @@ def test_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     with EmbeddingStore(tmp_path / "e.npy", FACTS) as store:
-        known = store.known()
+        known = store.known_rows()
         assert len(known) == 100
         found = [known.unchanged(listed[row][0], 1, 2)[1] for row in range(100)]
     assert np.array_equal(found, rows)
@@ -241,7 +241,7 @@ def test_killed_while_a_chunk_is_written(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert len(list((tmp_path / "e.parts").iterdir())) == 2
     with EmbeddingStore(tmp_path / "e.npy", FACTS) as store:
-        assert len(store.known()) == 0
+        assert len(store.known_rows()) == 0
         store.join([(np.ones((1, 4)), [LISTED], [])])
     assert not (tmp_path / "e.parts").exists()
 
@@ -255,12 +255,12 @@ def test_chunks_of_another_network(tmp_path):
         pytest.raises(UserError, match=message),
         EmbeddingStore(tmp_path / "e.npy", other) as store,
     ):
-        store.known()
+        store.known_rows()
     with EmbeddingStore(tmp_path / "e.npy", other, overwrite=True) as store:
-        assert len(store.known()) == 0
+        assert len(store.known_rows()) == 0
         store.add(np.ones((1, 4)), [LISTED])
     with EmbeddingStore(tmp_path / "e.npy", other, overwrite=True) as store:
-        assert len(store.known()) == 1  # an interrupted overwriting goes on
+        assert len(store.known_rows()) == 1  # an interrupted overwriting goes on
 
 
 def test_more_chunks_than_a_process_may_open(tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def test_more_chunks_than_a_process_may_open(tmp_path, monkeypatch):
         n_open = len(os.listdir("/proc/self/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 90, limits[1]))
         try:
-            known = store.known()
+            known = store.known_rows()
             rows = [known.unchanged(name, 1, 2)[1][0] for name in names]
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)

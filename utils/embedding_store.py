@@ -101,7 +101,7 @@ class EmbeddingStore:
         finally:
             self.close()
 
-    def known(self) -> KnownRows:
+    def known_rows(self) -> KnownRows:
         """Open the rows of the same network that are there already."""
         files = [self.earlier]
         for path in sorted(self._folder.glob("*.json")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,11 +41,9 @@ def check_classes(labels: np.ndarray, is_query: np.ndarray | None = None) -> int
     if len(np.unique(labels)) < 2:
         raise UserError("the test half holds images of one class only; there is nothing to score")
     queries = labels if is_query is None else labels[is_query]
-    classes, counts = np.unique(
-        labels if is_query is None else labels[~is_query], return_counts=True
-    )
-    found = dict(zip(classes.tolist(), (counts - (is_query is None)).tolist(), strict=True))
-    n_alone = sum(found.get(label, 0) < 1 for label in queries.tolist())
+    searched = Counter((labels if is_query is None else labels[~is_query]).tolist())
+    itself = int(is_query is None)  # an image does not find itself
+    n_alone = sum(searched[label] == itself for label in queries.tolist())
     if n_alone == len(queries):
         raise UserError("no image has another one of its class to find; there is nothing to score")
     return n_alone

@@ -216,8 +216,8 @@ def approximate_neighbors(rows: np.ndarray, k: int, nprobe: int = 16) -> np.ndar
     order = cell_of.argsort(kind="stable")  # what a cell holds then stays in the cache
     numbers = np.empty((len(rows), k + 1), np.int64)
     numbers[order] = index.faiss.search(rows[order], k + 1)[1]
-    own = np.arange(len(rows))[:, None]
-    comes_last = (numbers == own) | (numbers < 0)
+    itself = np.arange(len(rows))[:, None]
+    comes_last = (numbers == itself) | (numbers < 0)
     places = comes_last.argsort(axis=1, kind="stable")
     numbers = np.take_along_axis(numbers, places, 1)[:, :k]
-    return np.where(numbers < 0, own, numbers)
+    return np.where(numbers < 0, itself, numbers)

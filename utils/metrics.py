@@ -98,11 +98,11 @@ def recall_at_k(
     if not ks or min(ks) < 1:
         raise ValueError(f"the K of Recall@K are whole numbers of at least 1, not {ks}")
     search = _Search(embeddings, labels, gallery)
-    found = dict.fromkeys(ks, 0)
+    n_hits = dict.fromkeys(ks, 0)
     for _, hits in search.hits(min(max(ks), search.most), memory_mb):
-        for k in found:
-            found[k] += int(hits[:, :k].any(1).sum())
-    return {k: count / len(search.queries) for k, count in found.items()}
+        for k in n_hits:
+            n_hits[k] += int(hits[:, :k].any(1).sum())
+    return {k: count / len(search.queries) for k, count in n_hits.items()}
 
 
 def precision_at_r(

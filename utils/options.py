@@ -243,9 +243,9 @@ class Parser(argparse.ArgumentParser):
             self.parse_args([])  # so that an error names the file
             self._source = ""
         args = self.parse_args(argv)
-        known = self._options()
+        actions = self._options()
         names = [word.partition("=")[0] for word in argv]
-        args.given = {known[name].dest for name in names if name in known}
+        args.given = {actions[name].dest for name in names if name in actions}
         self._check_targets(args)
         return args
 
@@ -281,13 +281,13 @@ class Parser(argparse.ArgumentParser):
         }
 
     def _check_names(self, argv: Sequence[str]) -> None:
-        known = self._options()
+        options = self._options()
         for word in argv:
             name = word.partition("=")[0]
             if name in self.refused:
                 self.error(f"{name}: {self.refused[name]}")
-            if name.startswith("--") and len(name) > 2 and name not in known:
-                self.error(f"unknown option {name}{nearest_hint(name, known)}")
+            if name.startswith("--") and len(name) > 2 and name not in options:
+                self.error(f"unknown option {name}{nearest_hint(name, options)}")
 
     def _set_default(self, source: str, key: str, value: Any, is_nullable: bool) -> None:
         """Make a JSON option the default of its option, as the text that argparse reads."""
