@@ -148,6 +148,7 @@ class Job:
         processes.check_same(shared | data)
         remarks = halves.describe() + fit_to_data(args, len(halves.training), processes.world_size)
         self.pooled, measured = fit_start(args, halves.training, self.device, processes)
+        remarks += measured
         self.config = {name: v for name, v in vars(args).items() if name not in NOT_SAVED}
         saved = processes.by_first(lambda: run.load(data)) if args.resume else {}
         self.make_network(len(halves.training), labels, "none" if saved else args.weights)
@@ -155,7 +156,6 @@ class Job:
         self.state = run.restore(saved, self.parts, self.device) if saved else State()
         if saved and self.state.epoch >= args.n_epoch:
             self.config = saved["config"]  # no epoch is left: the options it was trained with
-        remarks += measured
         if saved:
             remarks.append(f"goes on after epoch {self.state.epoch}, step {self.state.step}")
         self.events = None

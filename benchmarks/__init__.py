@@ -1,4 +1,4 @@
-"""Timings alone: of this project, most beside what a user would pick instead, in turn.
+"""Timings alone, most of them beside what a user would pick instead.
 
 `python benchmarks/recall.py` (or kmeans, train_step) writes
 misc/benchmarks/recall.json; `--tiny` takes seconds. `python benchmarks/tables.py` then writes the

@@ -1,1 +1,1 @@
-"""What makes the tables of results."""
+"""What compares scores, and makes the tables of results."""

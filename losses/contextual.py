@@ -69,7 +69,7 @@ def relaxed_contrastive_loss(embeddings: Tensor, similarity: Tensor, margin: flo
         pull = similarity * distances.square()
         push = (1 - similarity) * (margin - distances).clamp(min=0).square()
         loss = pull + push
-        return (loss.sum() - loss.trace()) / (n_rows * (n_rows - 1))
+        return (loss.sum() - loss.diagonal().sum()) / (n_rows * (n_rows - 1))
 
 
 def self_distillation_loss(small: Tensor, large: Tensor) -> Tensor:

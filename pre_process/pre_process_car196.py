@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run
 from datasets.images import find_images
 from pre_process import raw_lists
 from pre_process.car196_classes import class_of_folder
-from pre_process.script import option_parser, write
+from pre_process.script import home_of, option_parser, write
 from utils.errors import UserError, run_script
 
 N_CLASSES = 196
@@ -31,8 +31,10 @@ ADVICE = (
 def main() -> None:
     """Read the options, find the images and their classes, write the four files."""
     args = option_parser("car196", __doc__.splitlines()[0]).parse(sys.argv[1:])
-    home = args.data_dir / "car196"
-    home = home if home.is_dir() else args.data_dir
+    homes = [home_of("car196", args.data_dir)]
+    if "data_dir" in args.given:
+        homes.append(args.data_dir)
+    home = next((place for place in homes if has_class_folders(place)), homes[0])
     if has_class_folders(home) and not list(home.glob(f"**/{LIST}")):
         source = home
         paths, labels = read_class_folders(home)

@@ -99,16 +99,17 @@ def settle_options(
     """
     if args.resume:
         _keep_saved(parser, args, layers[0][1])
+    configured = {name for _, config in layers[1:] for name in config}
+    if args.head_init == "random" and "refit_head" not in args.given | configured:
+        args.refit_head = "off"
     is_power = isinstance(args.refit_head, float)
     if (is_power or "whiten_power" in args.given) and args.head_init != "whiten":
         parser.error("--whiten_power and a power of --refit_head go with --head_init whiten")
     # only now: a configuration may be that of another run, which has all options
-    args.given |= {name for _, config in layers[1:] for name in config}
+    args.given |= configured
     if args.resume or args.head_init == "auto":
         return
-    if "refit_head" not in args.given and args.head_init == "random":
-        args.refit_head = "off"
-    elif "refit_head" not in args.given and args.refit_head == "auto":
+    if "refit_head" not in args.given and args.refit_head == "auto":
         args.refit_head = "start"
     if args.head_init == "random" and args.refit_head != "off":
         parser.error("--refit_head: a random head has no closed form; give --head_init pca")

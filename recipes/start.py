@@ -47,7 +47,7 @@ def fit_start(
 
 
 def power_of_head(args: argparse.Namespace, at_end: bool) -> float:
-    """Return to which power the head of the beginning or of the end of an epoch whitens."""
+    """Return the whitening power of the head at the beginning or the end of an epoch."""
     power = args.whiten_power
     if at_end and args.refit_head not in ("auto", "start"):
         return args.refit_head

@@ -175,7 +175,8 @@ def scored_epochs(runs: Sequence[Run]) -> list[tuple[str, str, dict]]:
     table = []
     for run in runs:
         for words, row in last_and_best(run.rows):
-            table.append((run.name, f"{row['epoch']} ({words})", row))
+            if "recall@1" in row:
+                table.append((run.name, f"{row['epoch']} ({words})", row))
     return table
 
 

@@ -31,8 +31,8 @@ def pooled_features(
     The network computes in evaluation mode; its mode is restored afterwards.
 
     Args:
-        batches: uint8 RGB tensors (b, H, W, 3). Of several processes each brings every count-th
-            batch, beginning with its rank; all get all rows, bit for bit those of one process.
+        batches: uint8 RGB tensors (b, H, W, 3). Of n processes each brings every n-th batch,
+            beginning with its rank; all get all rows, bit for bit those of one process.
         flip: average the pooled features of images and mirror images.
         poolings: of the layers that the model pools, as `models.Pooling`; None: the model's.
 

@@ -243,7 +243,7 @@ def criterion(rows: Sequence[dict]) -> str:
 
 
 def last_and_best(rows: Sequence[dict]) -> list[tuple[str, dict]]:
-    """Return the last scored epoch and the best one, each behind words for it; none: [].
+    """Return title and metrics of the last scored epoch and of the best one; [] if none is scored.
 
     rows: metrics of epochs.
     """
