@@ -89,7 +89,7 @@ def make_parser(method: str) -> Parser:
     add("--seed", type=whole(0, options.LARGEST_SEED), default=1024, help="of everything random")
     group = parser.add_argument_group("evaluation")
     add = group.add_argument
-    add("--interval", type=whole(1), default=1, help="epochs between two evaluations")
+    add("--interval", type=whole(1), default=1, help="every so many epochs, and at the end")
     options.add_flip_eval(group, False)
     add("--nmi", type=name_of(("auto", "on", "off")), default="auto", help="auto: to 1000 classes")
     add("--val_classes", type=whole(0), default=0, help="last classes, held out for best.pth")
@@ -240,13 +240,13 @@ class Job:
             if split is None or not split.labeled:
                 continue
             embeddings = embeddings_of(self.model, self.pool(split, f"{prefix}features"))
-            options = {
+            protocol = {
                 "is_query": split.is_query,
                 "no_nmi": why_no_nmi(args.nmi, len(split.classes)),
                 "memory_mb": args.eval_memory_mb,
             }
             embeddings = embeddings.to(self.device)
-            scoring = partial(score, embeddings, split.labels, args.dataset, **options)
+            scoring = partial(score, embeddings, split.labels, args.dataset, **protocol)
             results = self.processes.by_first(scoring)
             scores |= {f"{prefix}{name}": value for name, value in results.items()}
         return scores

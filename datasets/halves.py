@@ -19,7 +19,7 @@ class Halves:
     Attributes:
         training: the images that are trained on.
         test: the test half.
-        held_out: classes of the training half that are scored instead, if there are any.
+        held_out: classes of the training half that are scored to choose the best epoch; None: none.
         fingerprints: of both whole halves, see `Split.fingerprint`.
         n_alone: test images that have no other one of their class to find.
     """

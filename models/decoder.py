@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         for block in range(len(WIDTHS)):
             conv, norm, relu, _ = self.decoder[4 * block : 4 * block + 4]
             x = relu(norm(conv(x), counts))
-            fraction = 2 ** (len(WIDTHS) - 1 - block)
-            block_size = (math.ceil(height / fraction), math.ceil(width / fraction))
+            divisor = 2 ** (len(WIDTHS) - 1 - block)
+            block_size = (math.ceil(height / divisor), math.ceil(width / divisor))
             x = F.interpolate(x, block_size, mode="nearest")
         return torch.sigmoid(self.decoder[-1](x))

@@ -34,8 +34,8 @@ def main() -> None:
     homes = [home_of("car196", args.data_dir)]
     if "data_dir" in args.given:
         homes.append(args.data_dir)
-    home = next((place for place in homes if has_class_folders(place)), homes[0])
-    if has_class_folders(home) and not list(home.glob(f"**/{LIST}")):
+    home = next((place for place in homes if is_copy_in_folders(place)), None)
+    if home:
         source = home
         paths, labels = read_class_folders(home)
     else:
@@ -68,9 +68,12 @@ def read_annotations(file: Path) -> tuple[list[Path], list[int]]:
     return paths, labels
 
 
-def has_class_folders(home: Path) -> bool:
-    """Tell whether a folder below `home` is named after a class."""
-    return any(class_of_folder(path) for path in home.glob("**/") if path != home)
+def is_copy_in_folders(home: Path) -> bool:
+    """Tell whether a folder below `home` is named after a class, and the official list is not
+    there.
+    """
+    has_class = any(class_of_folder(path) for path in home.glob("**/") if path != home)
+    return has_class and not any(home.glob(f"**/{LIST}"))
 
 
 def read_class_folders(home: Path) -> tuple[list[Path], list[int]]:

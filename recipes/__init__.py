@@ -12,6 +12,7 @@ from utils.options import Parser, read_json_object
 from utils.runs import CONFIG, run_to_resume
 
 RECIPES = Path(__file__).resolve().parent
+# options that may change when a run is resumed
 CHANGEABLE = {"resume", "n_epoch", "interval", "test_batch", "lr", "device", "nmi", "workers"}
 CHANGEABLE |= {"checkpoint_every_steps", "deterministic", "eval_memory_mb", "tensorboard"}
 CHANGEABLE |= {"data_dir", "log_dir", "data_on"}

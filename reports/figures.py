@@ -14,7 +14,7 @@ from reports.charts import style_of
 from reports.curves import LOSSES, SCORES, Chart
 from reports.findings import even_steps
 from reports.sights import Sights
-from utils.files import written_whole
+from utils.files import made_folder, written_whole
 
 COLUMNS = 3  # of charts
 QUERIES = 5  # random ones
@@ -33,13 +33,13 @@ def write_figures(folder: Path, charts: Sequence[Chart], sights: Sights | None) 
 
     Without `sights` there are the curves alone, and without numbers no curves.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = [chart for chart in charts if chart.group in (SCORES, LOSSES)]
-    if drawn:
-        _save(_curves(drawn), folder / "curves.png")
-    if sights is not None:
-        _save(_gallery(_retrieval_rows(sights), sights), folder / "retrieval.png")
-        _save(_gallery(_cluster_rows(sights), sights), folder / "clusters.png")
+    with made_folder(folder):
+        drawn = [chart for chart in charts if chart.group in (SCORES, LOSSES)]
+        if drawn:
+            _save(_curves(drawn), folder / "curves.png")
+        if sights is not None:
+            _save(_gallery(_retrieval_rows(sights), sights), folder / "retrieval.png")
+            _save(_gallery(_cluster_rows(sights), sights), folder / "clusters.png")
 
 
 def _curves(charts: Sequence[Chart]) -> Image.Image:

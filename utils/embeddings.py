@@ -56,8 +56,9 @@ class KnownRows:
         self._open_rows = lru_cache(MOST_OPEN)(open_rows)
         self._places: dict[str, dict] = {"path": {}, "sha256": {}}
         for file in files:
+            places_in_file = [(file, row) for row in range(len(file.columns["path"]))]
             for name, places in self._places.items():
-                places.update((text, (file, row)) for row, text in enumerate(file.columns[name]))
+                places.update(zip(file.columns[name], places_in_file, strict=True))
 
     def __len__(self) -> int:
         """Return the number of paths."""
@@ -70,10 +71,11 @@ class KnownRows:
         if path not in self._places["path"]:
             return None
         file, row = self._places["path"][path]
-        facts = {name: texts[row] for name, texts in file.columns.items()}
-        if (facts["bytes"], facts["modified_ns"]) != (str(size), str(modified_ns)):
+        columns = file.columns
+        before = (columns["bytes"][row], columns["modified_ns"][row])
+        if before != (str(size), str(modified_ns)):
             return None
-        return facts["sha256"], self._open_rows(file.file)[row]
+        return columns["sha256"][row], self._open_rows(file.file)[row]
 
     def of_content(self, sha256: str) -> np.ndarray | None:
         """Return the row of an image with these bytes, wherever it lay."""

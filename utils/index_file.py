@@ -63,7 +63,8 @@ def kept_index(
     is_new = np.ones(len(rows), bool)
     is_new[row_of[row_of >= 0]] = False
     if not is_new.any():
-        _write_keys(file, facts, old_keys, row_of)
+        with written_whole(f"{file}.npz") as beside:
+            _save_keys(beside, facts, old_keys, row_of)
         return Index(rows, kind, opened=opened, row_of=row_of, **options), "opened"
     opened = faiss.read_index(str(file))  # what is memory-mapped cannot grow
     Index.add(opened, rows[is_new])
@@ -112,16 +113,16 @@ def _read(file: Path) -> tuple[dict, dict[str, np.ndarray], Any]:
 
 def _write(file: Path, index: Index, facts: dict, keys: np.ndarray, row_of: np.ndarray) -> None:
     """Write index and keys, the keys last: an index that they do not fit is built anew."""
-    with written_whole(file) as beside:
+    with written_whole(f"{file}.npz") as beside_keys, written_whole(file) as beside:
         try:
             faiss.write_index(index.faiss, str(beside))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[-200:]
             raise UserError(f"{file}: cannot be written ({reason}); make room") from None
-    _write_keys(file, facts, keys, row_of)
+        _save_keys(beside_keys, facts, keys, row_of)
 
 
-def _write_keys(file: Path, facts: dict, keys: np.ndarray, row_of: np.ndarray) -> None:
+def _save_keys(path: Path, facts: dict, keys: np.ndarray, row_of: np.ndarray) -> None:
     """Write what is kept beside an index."""
-    with written_whole(f"{file}.npz") as beside, open(beside, "wb") as out:
+    with open(path, "wb") as out:  # np.savez would add .npz to the path
         np.savez(out, keys=keys, row_of=row_of, facts=json.dumps(facts))
