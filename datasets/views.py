@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import roi_align
 from torchvision.transforms.v2.functional import resized_crop
 
 from datasets.arrays import Split
@@ -31,11 +32,12 @@ def crop_size(image_size: int) -> int:
 
 @dataclass(frozen=True)
 class CropPlan:
-    """What to cut for B rows: stored row, top, left (pixels) and mirrored or not, each (B,)."""
+    """What to cut for B rows, each (B,): stored row, top, left, side (pixels), mirrored or not."""
 
     row: np.ndarray
     top: np.ndarray
     left: np.ndarray
+    side: np.ndarray
     flip: np.ndarray
 
 
@@ -50,6 +52,7 @@ class EpochPlan:
         epoch: int,
         positives: np.ndarray | None = None,
         neighbors: np.ndarray | None = None,
+        crop_area: float | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         """Draw an epoch over N images.
@@ -60,12 +63,14 @@ class EpochPlan:
                 the image itself, with probability 1/2 each. None: always of the image itself.
             neighbors: (N, G - 1) nearest neighbors of each image. A batch is then m / G images
                 drawn at random, each followed by its neighbors. None: every image is drawn once.
+            crop_area: a crop is a square of at least this share of the image's area, the share
+                drawn anew for each. None: of the side that `crop_size` says.
             share: (r, n) takes the r-th of n equal parts of every batch, that of one of n
                 processes.
         """
         rng = np.random.default_rng([seed, epoch])
         count = len(split)
-        margin = split.image_size - crop_size(split.image_size)
+        size = split.image_size
         order = rng.permutation(count)
         if neighbors is not None:
             n_groups = count // batch_size * batch_size // (1 + neighbors.shape[1])
@@ -74,8 +79,13 @@ class EpochPlan:
         self.batch_size = batch_size
         self.share = share
         self.order = order  # (P,), an image number for each place of the epoch
-        self.corners = rng.integers(0, margin + 1, (2, 2, len(order)))  # (top or left, view, place)
-        self.flips = rng.random((2, len(order))) < FLIP_PROBABILITY  # (view, place)
+        places = (2, len(order))  # (view, place)
+        sides = crop_size(size)
+        if crop_area is not None:
+            sides = (np.sqrt(rng.uniform(crop_area, 1, places)) * size).round().astype(int)
+        self.sides = np.broadcast_to(sides, places)
+        self.corners = rng.integers(0, size - sides + 1, (2, *places))  # (top or left, view, place)
+        self.flips = rng.random(places) < FLIP_PROBABILITY
         self.second = order  # (P,), the image of the second view
         if positives is not None:
             takes_positive = rng.random(len(order)) < POSITIVE_PROBABILITY
@@ -101,13 +111,13 @@ class EpochPlan:
         """Return the crops of a batch: first views of its images, then their second views."""
         places = self.places(batch)
         images = np.concatenate([self.order[places], self.second[places]])
-        draws = (*self.corners, self.flips)
-        top, left, flip = (np.concatenate([d[0, places], d[1, places]]) for d in draws)
-        return CropPlan(self.rows[images], top, left, flip)
+        draws = (*self.corners, self.sides, self.flips)
+        drawn = (np.concatenate([d[0, places], d[1, places]]) for d in draws)
+        return CropPlan(self.rows[images], *drawn)
 
 
 def cut_crops(images: np.ndarray, crops: CropPlan, size: int) -> np.ndarray:
-    """Cut crops: images uint8 (M, S, S, 3) -> uint8 (B, size, size, 3)."""
+    """Cut crops of one side: images uint8 (M, S, S, 3) -> uint8 (B, size, size, 3)."""
     pixels = images.view("V3")[..., 0]  # three bytes move as one: mirroring is ten times faster
     out = np.empty((len(crops.row), size, size), pixels.dtype)
     fields = zip(crops.row, crops.top, crops.left, crops.flip, strict=True)
@@ -125,6 +135,28 @@ def gather_crops(images: Tensor, crops: CropPlan, size: int) -> Tensor:
     offsets = torch.arange(size, device=images.device)
     columns = left + torch.where(flip.bool(), size - 1 - offsets, offsets)
     return images[row, top + offsets[:, None], columns]
+
+
+def resize_crops(images: np.ndarray | Tensor, crops: CropPlan, size: int) -> Tensor:
+    """Cut squares of any sides and resize them, bilinearly, where the images lie.
+
+    images: uint8 (M, S, S, 3). Returns uint8 (B, size, size, 3).
+    """
+    if isinstance(images, Tensor):
+        pixels = images[torch.from_numpy(crops.row).to(images.device)]
+    else:
+        pixels = torch.from_numpy(images[crops.row])
+    corners = [crops.left, crops.top, crops.left + crops.side, crops.top + crops.side]
+    boxes = np.stack([np.arange(len(crops.row)), *corners], 1).astype(np.float32)
+    cut = roi_align(
+        pixels.permute(0, 3, 1, 2).float(),
+        torch.from_numpy(boxes).to(pixels.device),
+        size,
+        sampling_ratio=1,
+        aligned=True,
+    )
+    flip = torch.from_numpy(crops.flip).to(pixels.device)[:, None, None, None]
+    return torch.where(flip, cut.flip(3), cut).round().byte().permute(0, 2, 3, 1)
 
 
 def images_on(
@@ -169,6 +201,8 @@ def two_view_batches(
     def cut(batch: int) -> tuple[Tensor, Tensor]:
         crops = plan.crops(batch)
         index = torch.from_numpy(plan.index(batch))
+        if (crops.side != size).any():
+            return resize_crops(images, crops, size), index
         if isinstance(images, Tensor):
             return gather_crops(images, crops, size), index
         return torch.from_numpy(cut_crops(images, crops, size)), index

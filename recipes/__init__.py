@@ -103,6 +103,8 @@ def settle_options(
     configured = {name for _, config in layers[1:] for name in config}
     if args.head_init == "random" and "refit_head" not in args.given | configured:
         args.refit_head = "off"
+    if "momentum" in args.given and args.optimizer != "sgd":
+        parser.error("--momentum goes with --optimizer sgd")
     is_power = isinstance(args.refit_head, float)
     if (is_power or "whiten_power" in args.given) and args.head_init != "whiten":
         parser.error("--whiten_power and a power of --refit_head go with --head_init whiten")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from synthetic import shapes, write_dataset, write_split
+from torchvision.transforms.v2.functional import resized_crop
 
 from datasets.arrays import UNLABELED, Split, beside, load_split
 from datasets.views import (
@@ -20,6 +21,7 @@ from datasets.views import (
     cut_crops,
     gather_crops,
     images_on,
+    resize_crops,
     two_view_batches,
 )
 from utils.errors import UserError
@@ -251,14 +253,43 @@ def test_crop_size():
 def test_a_crop_is_a_square_perhaps_mirrored():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
-    crops = CropPlan(*rng.integers(0, 5, (3, 40)), rng.random(40) < 0.5)
+    crops = CropPlan(*rng.integers(0, 5, (3, 40)), np.full(40, 16), rng.random(40) < 0.5)
     patches = cut_crops(images, crops, 16)
     assert patches.dtype == np.uint8 and patches.shape == (40, 16, 16, 3)
-    for patch, row, top, left, flip in zip(patches, *vars(crops).values(), strict=True):
+    for patch, row, top, left, _, flip in zip(patches, *vars(crops).values(), strict=True):
         square = images[row, top : top + 16, left : left + 16]
         np.testing.assert_array_equal(patch, np.fliplr(square) if flip else square)
     gathered = gather_crops(torch.from_numpy(images), crops, 16)
     np.testing.assert_array_equal(gathered, patches)
+
+
+@pytest.mark.parametrize("is_resident", [False, True])
+def test_crops_of_any_size_are_resized(is_resident):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
+    side = rng.integers(6, 17, 40)
+    top, left = rng.integers(1, 20 - side, (2, 40))  # with a margin, from which edges are blended
+    crops = CropPlan(rng.integers(0, 5, 40), top, left, side, rng.random(40) < 0.5)
+    patches = resize_crops(torch.from_numpy(images) if is_resident else images, crops, 24)
+    assert patches.dtype == torch.uint8 and patches.shape == (40, 24, 24, 3)
+    for patch, row, top, left, side, flip in zip(patches, *vars(crops).values(), strict=True):
+        pixels = torch.from_numpy(images[row]).permute(2, 0, 1)
+        square = resized_crop(pixels, top, left, side, side, [24, 24], antialias=False)
+        square = (square.flip(2) if flip else square).permute(1, 2, 0)
+        inside = slice(2, -2)
+        difference = (patch.int() - square.int())[inside, inside]
+        assert difference.abs().max() <= 1
+
+
+def test_sides_of_crops_are_drawn_by_area():
+    areas = []
+    for epoch in (1, 2):
+        crops = EpochPlan(split_of(600, 200), 600, 0, epoch, crop_area=0.25).crops(0)
+        assert crops.side.min() >= 100 and crops.side.max() <= 200
+        assert (crops.top + crops.side).max() <= 200 and (crops.left + crops.side).max() <= 200
+        assert crops.top.min() == crops.left.min() == 0
+        areas.append((crops.side / 200) ** 2)
+    assert abs(np.mean(areas) - 0.625) < 0.02 and not np.array_equal(*areas)
 
 
 @pytest.mark.parametrize("workers", [0, 3])

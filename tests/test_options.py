@@ -182,7 +182,7 @@ def test_every_option_has_help_and_one_name():
 # each option of all methods, beside those that other tests show to work, with another value
 CHANGED = """lr=0.01 low_dim=8 seed=4 batch_size=6 precision=bf16 pool=gem layers=layer2,layer3
     stripes=2 head_init=pca optimizer=adamw train_stages=1 schedule=cosine warmup_epochs=0.5
-    train_batch_norm"""
+    train_batch_norm momentum=0.9 crop_area=0.2"""
 ELSEWHERE = """help recipe config dataset data_dir image_size n_images min_images backbone
     weights whiten_power refit_head n_epoch interval flip_eval nmi val_classes
     model_name checkpoint_dir log_dir checkpoint_every_steps resume overwrite tensorboard device
