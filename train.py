@@ -64,7 +64,7 @@ def make_parser(method: str) -> Parser:
     add("--data_dir", type=path_name, default="data", help="the folder that holds <dataset>/")
     add("--image_size", type=whole(8), help="which pre-processed size, if there are several")
     add("--n_images", type=whole(2), help="train on so many images, drawn by --seed (default: all)")
-    text = "least share of an image in a training crop (default: crops of 7/8 of the side)"
+    text = "least share of an image's area in a training crop (default: crops of 7/8 of its side)"
     add("--crop_area", type=real(0, above=True, most=1), help=text)
     group = parser.add_argument_group("network")
     add = group.add_argument
@@ -82,8 +82,8 @@ def make_parser(method: str) -> Parser:
     add("--n_epoch", type=whole(0), default=30, help="epochs; 0 scores the start and saves it")
     add("--min_images", type=whole(0), default=0, help="to train on; fewer need --n_epoch")
     add("--batch_size", type=whole(1), default=64, help="m, images a batch, of all processes")
-    add("--optimizer", type=name_of(("sgd", "adamw")), default="sgd", help="SGD, or AdamW")
-    add("--momentum", type=real(0, most=1), default=0.0, help="of SGD")
+    add("--optimizer", type=name_of(("sgd", "adamw")), default="sgd", help="sgd or adamw")
+    add("--momentum", type=real(0, most=1), default=0.0, help="of sgd")
     add("--lr", type=real(0, above=True), default=0.001, help="learning rate")
     add("--schedule", type=name_of(SCHEDULES), default="constant", help="of the learning rate")
     add("--warmup_epochs", type=real(0), default=0.0, help="in which the rate rises from 0")
@@ -280,9 +280,15 @@ def train_epoch(job: Job, epoch: int) -> dict:
             state.logged = method.begin_epoch(epoch, job.features)
             state.is_begun = True
 
-    pairs = method.neighbors_and_positives()
-    shared = {"crop_area": args.crop_area, "share": job.processes.share}
-    plan = EpochPlan(job.halves.training, args.batch_size, args.seed, epoch, **pairs, **shared)
+    plan = EpochPlan(
+        job.halves.training,
+        args.batch_size,
+        args.seed,
+        epoch,
+        crop_area=args.crop_area,
+        share=job.processes.share,
+        **method.neighbors_and_positives(),
+    )
     batches = two_view_batches(job.halves.training.images, plan, args.workers, state.step)
     method.train()
     started = time.perf_counter()

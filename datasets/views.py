@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
 from torchvision.transforms.v2.functional import resized_crop
 
 from datasets.arrays import Split
@@ -79,13 +78,13 @@ class EpochPlan:
         self.batch_size = batch_size
         self.share = share
         self.order = order  # (P,), an image number for each place of the epoch
-        places = (2, len(order))  # (view, place)
-        sides = crop_size(size)
+        shape = (2, len(order))  # (view, place)
+        self.sides = np.full(shape, crop_size(size))
         if crop_area is not None:
-            sides = (np.sqrt(rng.uniform(crop_area, 1, places)) * size).round().astype(int)
-        self.sides = np.broadcast_to(sides, places)
-        self.corners = rng.integers(0, size - sides + 1, (2, *places))  # (top or left, view, place)
-        self.flips = rng.random(places) < FLIP_PROBABILITY
+            self.sides = np.ceil(np.sqrt(rng.uniform(crop_area, 1, shape)) * size).astype(int)
+        n_corners = size - self.sides + 1
+        self.corners = rng.integers(0, n_corners, (2, *shape))  # (top or left, view, place)
+        self.flips = rng.random(shape) < FLIP_PROBABILITY
         self.second = order  # (P,), the image of the second view
         if positives is not None:
             takes_positive = rng.random(len(order)) < POSITIVE_PROBABILITY
@@ -117,7 +116,7 @@ class EpochPlan:
 
 
 def cut_crops(images: np.ndarray, crops: CropPlan, size: int) -> np.ndarray:
-    """Cut crops of one side: images uint8 (M, S, S, 3) -> uint8 (B, size, size, 3)."""
+    """Cut crops whose side is `size`: images uint8 (M, S, S, 3) -> uint8 (B, size, size, 3)."""
     pixels = images.view("V3")[..., 0]  # three bytes move as one: mirroring is ten times faster
     out = np.empty((len(crops.row), size, size), pixels.dtype)
     fields = zip(crops.row, crops.top, crops.left, crops.flip, strict=True)
@@ -138,29 +137,21 @@ def gather_crops(images: Tensor, crops: CropPlan, size: int) -> Tensor:
 
 
 def resize_crops(images: np.ndarray | Tensor, crops: CropPlan, size: int) -> Tensor:
-    """Cut squares of any sides and resize them, bilinearly, where the images lie.
+    """Cut squares of any sides and resize them, where the images lie.
 
     images: uint8 (M, S, S, 3). Returns uint8 (B, size, size, 3).
     """
-    if isinstance(images, Tensor):
-        pixels = images[torch.from_numpy(crops.row).to(images.device)]
-    else:
-        pixels = torch.from_numpy(images[crops.row])
-    corners = [crops.left, crops.top, crops.left + crops.side, crops.top + crops.side]
-    boxes = np.stack([np.arange(len(crops.row)), *corners], 1).astype(np.float32)
-    cut = roi_align(
-        pixels.permute(0, 3, 1, 2).float(),
-        torch.from_numpy(boxes).to(pixels.device),
-        size,
-        sampling_ratio=1,
-        aligned=True,
-    )
-    flip = torch.from_numpy(crops.flip).to(pixels.device)[:, None, None, None]
-    return torch.where(flip, cut.flip(3), cut).round().byte().permute(0, 2, 3, 1)
+    pixels = torch.as_tensor(images[crops.row]).permute(0, 3, 1, 2)
+    fields = zip(pixels, crops.top, crops.left, crops.side, crops.flip, strict=True)
+    patches = []
+    for image, top, left, side, flip in fields:
+        patch = resized_crop(image, top, left, side, side, [size, size])
+        patches.append(patch.flip(2) if flip else patch)
+    return torch.stack(patches).permute(0, 2, 3, 1)
 
 
 def images_on(
-    device: torch.device, halves: Sequence[np.ndarray], data_on: str
+    device: torch.device, arrays: Sequence[np.ndarray], data_on: str
 ) -> Sequence[np.ndarray | Tensor]:
     """Copy stored images, each (M, S, S, 3), to a GPU, or leave them in their files.
 
@@ -172,11 +163,11 @@ def images_on(
     if device.type == "cpu" and data_on == "device":
         raise UserError("there is no GPU to hold the images; leave them on the host")
     if device.type == "cpu" or data_on == "host":
-        return halves
-    n_bytes = sum(images.nbytes for images in halves)
+        return arrays
+    n_bytes = sum(images.nbytes for images in arrays)
     if data_on == "auto" and n_bytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return halves
-    return [_copied(images, device) for images in halves]
+        return arrays
+    return [_copied(images, device) for images in arrays]
 
 
 def _copied(images: np.ndarray, device: torch.device) -> Tensor:
@@ -225,8 +216,7 @@ def center_crop(images: np.ndarray | Tensor) -> np.ndarray | Tensor:
 def center_crops(
     split: Split, batch_size: int, workers: int = 1, share: tuple[int, int] = (0, 1)
 ) -> ReadAhead:
-    """Iterate the center crops of all images in order, in batches uint8 (<= batch_size, crop,
-    crop, 3).
+    """Iterate the center crops of all images in order: uint8 (b, crop, crop, 3), b <= batch_size.
 
     share: (r, n) takes every n-th batch beginning with number r, those of one of n processes.
     """
@@ -248,8 +238,7 @@ def part_crops(
     workers: int = 1,
     share: tuple[int, int] = (0, 1),
 ) -> ReadAhead:
-    """Iterate parts of images, enlarged to crops, in batches uint8 (<= 4 batch_size, crop, crop,
-    3).
+    """Iterate parts of images, enlarged to crops: uint8 (4 b, crop, crop, 3), b <= batch_size.
 
     The parts of an image are its left and its right side (squares of 60 % of its side, at middle
     height), and two random squares of 15 to 50 % of its area, mirrored or not.
@@ -270,15 +259,11 @@ def part_crops(
     corners = (places * (size - sides[..., None])).round().astype(int)
 
     def cut(start: int) -> Tensor:
-        crops = []
-        for image in range(start, min(start + batch_size, len(index))):
-            pixels = torch.from_numpy(split.images[split.rows[index[image]]].copy())
-            pixels = pixels.permute(2, 0, 1)
-            for part in range(N_PARTS):
-                (top, left), side = corners[image, part], sides[image, part]
-                crop = resized_crop(pixels, top, left, side, side, [crop_size(size)] * 2)
-                crops.append(crop.flip(2) if mirrored[image, part] else crop)
-        return torch.stack(crops).permute(0, 2, 3, 1)
+        part = slice(start, start + batch_size)
+        rows = np.repeat(split.rows[index[part]], N_PARTS)
+        drawn = (corners[..., 0], corners[..., 1], sides, mirrored)
+        crops = CropPlan(rows, *(field[part].reshape(-1) for field in drawn))
+        return resize_crops(split.images, crops, crop_size(size))
 
     rank, count = share
     starts = range(rank * batch_size, len(index), count * batch_size)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, if run as a script
 
+from utils.errors import run_script
 from utils.evaluation import recall_titles
+from utils.options import Parser, path_name
 
 
 def main() -> int:
     """Read, print, compare R@1 and NMI (unless it was left out)."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
-    args = parser.parse_args()
-    files = (args.before, args.after)
+    parser = Parser(__doc__)
+    parser.add_argument("before", type=path_name, help="FILE.json")
+    parser.add_argument("after", type=path_name, help="FILE.json")
+    args = parser.parse(sys.argv[1:])
+    files = (Path(args.before), Path(args.after))
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     titles = recall_titles(before | after) | {"NMI": "nmi"}
     titles = {title: name for title, name in titles.items() if name in before | after}
@@ -38,4 +39,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_script(main)

@@ -89,7 +89,7 @@ def make_parser(description: str, table: str) -> Parser:
     add("--dim", type=whole(1), help="score the first numbers alone, of heads in closed form")
     add("--name", type=folder_name, default=table, help="end of the names of results and folders")
     add("--checkpoint_dir", type=path_name, default="new_checkpoint", help="where runs are kept")
-    add("--out", type=path_name, default="misc/results", help="folder of the results")
+    add("--out_dir", type=path_name, default="misc/results", help="folder of the results")
     return parser
 
 
@@ -97,7 +97,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespac
     """Return the options of a table, and the words after `--`, for train.py."""
     words = sys.argv[1:] if argv is None else list(argv)
     end = [*words, "--"].index("--")
-    return parser.parse(words[:end]), words[end + 1 :]
+    args = parser.parse(words[:end])
+    args.seeds = list(dict.fromkeys(args.seeds))
+    return args, words[end + 1 :]
 
 
 def run_tables(
@@ -138,7 +140,7 @@ def plan(
     check_words(shared, RESERVED | {"recipe"})
     runs: dict[Setting, list[PlannedRun]] = {}
     for values in product(args.dataset, args.backbone, args.image_size):
-        pairs = product(dict.fromkeys(args.seeds), rows)
+        pairs = product(args.seeds, rows)
         setting = Setting(*values)
         runs[setting] = [plan_run(args, setting, seed, row, shared) for seed, row in pairs]
     return runs
@@ -215,9 +217,11 @@ def check_same(run: PlannedRun, kept: dict) -> None:
     free = FREE
     if run.options.schedule != "constant":
         free = FREE - {"n_epoch"}  # all rates depend on it
+    default = train.make_parser(run.options.method).get_default  # of options younger than the run
     for name, value in vars(run.options).items():
-        if name not in free and kept.get(name, value) != value:
-            change = f"{name} {kept[name]}, not {value}"
+        was = kept.get(name, default(name))
+        if name not in free and was != value:
+            change = f"{name} {was}, not {value}"
             raise UserError(f"{run.folder}: holds a run with {change}; choose another --name")
 
 

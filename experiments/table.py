@@ -200,8 +200,8 @@ def describe(args: argparse.Namespace, setting: Setting, records: Sequence[dict]
 
 def stem_of(args: argparse.Namespace, name: str) -> str:
     """Return the path of result files, without ending; make their folder."""
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    return f"{args.out}/{name}_{args.dim}d" if args.dim else f"{args.out}/{name}"
+    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    return f"{args.out_dir}/{name}_{args.dim}d" if args.dim else f"{args.out_dir}/{name}"
 
 
 def write_results(

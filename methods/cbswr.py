@@ -20,50 +20,28 @@ class CBSwRMethod(Method):
 
     @staticmethod
     def add_options(group: argparse._ArgumentGroup) -> None:
-        group.add_argument("--n_cluster", type=whole(2), default=32, help="K, number of clusters")
-        group.add_argument("--ml", type=real(0), default=0.9, help="weight of the metric loss")
-        group.add_argument("--rim", type=real(0), default=0.3, help="weight of the clustering loss")
-        group.add_argument(
-            "--recon", type=real(0), default=0.001, help="weight of the reconstruction loss"
+        add = group.add_argument
+        add("--n_cluster", type=whole(2), default=32, help="K, number of clusters")
+        add("--ml", type=real(0), default=0.9, help="weight of the metric loss")
+        add("--rim", type=real(0), default=0.3, help="weight of the clustering loss")
+        add("--recon", type=real(0), default=0.001, help="weight of the reconstruction loss")
+        add("--t", type=real(1e-6), default=0.1, help="temperature")
+        add("--alpha", type=real(0), default=1.0, help="weight of the push in the metric loss")
+        text = "weight of the balance in the clustering loss"
+        add("--mu", type=real(0), default=1.0, help=text)
+        text = "factor on every sum over other clusters in the metric loss"
+        add("--neg_m", type=whole(1, 10**6), default=1, help=text)
+        text = "what the metric loss runs over: centers of clusters, or images (Ye et al. 2019)"
+        add("--softmax_over", type=name_of(("centers", "images")), default="centers", help=text)
+        text = "rim: of the cluster head; kmeans: of a clustering of all images in each epoch"
+        add("--pseudo_labels", type=name_of(("rim", "kmeans")), default="rim", help=text)
+        text = (
+            "second view: of the image itself, or half of the time of its nearest neighbor, mined "
+            "in each epoch (auto: nn on cub200, self elsewhere)"
         )
-        group.add_argument("--t", type=real(1e-6), default=0.1, help="temperature")
-        group.add_argument(
-            "--alpha", type=real(0), default=1.0, help="weight of the push in the metric loss"
-        )
-        group.add_argument(
-            "--mu", type=real(0), default=1.0, help="weight of the balance in the clustering loss"
-        )
-        group.add_argument(
-            "--neg_m",
-            type=whole(1, 10**6),
-            default=1,
-            help="factor on every sum over other clusters in the metric loss",
-        )
-        group.add_argument(
-            "--softmax_over",
-            type=name_of(("centers", "images")),
-            default="centers",
-            help="what the metric loss runs over: centers of clusters, or images (Ye et al. 2019)",
-        )
-        group.add_argument(
-            "--pseudo_labels",
-            type=name_of(("rim", "kmeans")),
-            default="rim",
-            help="rim: of the cluster head; kmeans: of a clustering of all images in each epoch",
-        )
-        group.add_argument(
-            "--positives",
-            type=name_of(("auto", "self", "nn")),
-            default="auto",
-            help="second view: of the image itself, or half of the time of its nearest neighbor, "
-            "mined in each epoch (auto: nn on cub200, self elsewhere)",
-        )
-        group.add_argument(
-            "--recon_target",
-            type=name_of(("input", "image")),
-            default="input",
-            help="input: the mean-subtracted image / 255, as released; image: the image in [0, 1]",
-        )
+        add("--positives", type=name_of(("auto", "self", "nn")), default="auto", help=text)
+        text = "input: the mean-subtracted image / 255, as released; image: the image in [0, 1]"
+        add("--recon_target", type=name_of(("input", "image")), default="input", help=text)
 
     def __init__(self, model: Any, options: argparse.Namespace, n_images: int, **kwargs) -> None:
         super().__init__(model, options, n_images, **kwargs)

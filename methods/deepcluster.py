@@ -42,5 +42,5 @@ class DeepCluster(Method):
     def forward(self, views: Tensor, index: Tensor) -> dict[str, Tensor]:
         """Compute the cross-entropy of a batch."""
         embeddings, index = self.embed_batch(views, index)
-        logits = embeddings @ self.centers.T.to(embeddings.dtype) / self.options.t  # (2m, K)
+        logits = embeddings @ self.centers.T / self.options.t  # (2m, K)
         return {"loss": F.cross_entropy(logits, self.pseudo_labels[index])}

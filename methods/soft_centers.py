@@ -22,26 +22,15 @@ class SoftCenters(Method):
 
     @staticmethod
     def add_options(group: argparse._ArgumentGroup) -> None:
-        group.add_argument(
-            "--t", type=real(1e-6), default=0.05, help="temperature of the softmax over centroids"
-        )
-        group.add_argument(
-            "--target_t", type=real(1e-6), default=0.05, help="temperature of the soft assignments"
-        )
-        group.add_argument(
-            "--cluster_sizes",
-            type=whole_list(1, 10**6),
-            default=[6, 12, 24, 48],
-            metavar="N,N,...",
-            help="images a cluster, on average, a number for each partition",
-        )
-        group.add_argument(
-            "--target_neighbors",
-            type=whole(0, 1000),
-            default=4,
-            metavar="N",
-            help="neighbors of an image whose assignments are averaged with its own",
-        )
+        add = group.add_argument
+        add("--t", type=real(1e-6), default=0.05, help="temperature of the softmax over centroids")
+        text = "temperature of the soft assignments"
+        add("--target_t", type=real(1e-6), default=0.05, help=text)
+        text = "images a cluster, on average, a number for each partition"
+        sizes = whole_list(1, 10**6)
+        add("--cluster_sizes", type=sizes, default=[6, 12, 24, 48], metavar="N,N,...", help=text)
+        text = "neighbors of an image whose assignments are averaged with its own"
+        add("--target_neighbors", type=whole(0, 1000), default=4, metavar="N", help=text)
 
     def __init__(self, model: Any, options: argparse.Namespace, n_images: int, **kwargs) -> None:
         super().__init__(model, options, n_images, **kwargs)
@@ -67,8 +56,8 @@ class SoftCenters(Method):
     def forward(self, views: Tensor, index: Tensor) -> dict[str, Tensor]:
         """Compute the cross-entropy of a batch with the soft assignments of its images."""
         embeddings, index = self.embed_batch(views, index)
-        members = self.memory[self.members[index]].to(embeddings.dtype)  # (2m, n, D)
-        partitions = self.centers.to(embeddings.dtype).split(self.n_clusters)
+        members = self.memory[self.members[index]]  # (2m, n, D)
+        partitions = self.centers.split(self.n_clusters)
         loss = soft_center_loss(
             embeddings, members, partitions, self.options.t, self.options.target_t
         )

@@ -26,26 +26,14 @@ class STML(Method):
     @staticmethod
     def add_options(group: argparse._ArgumentGroup) -> None:
         add_group_option(group, 5, "nearest neighbors")
-        group.add_argument(
-            "--teacher_momentum",
-            type=real(0, most=1),
-            default=0.999,
-            help="of the teacher: 0 is the student itself, 1 what it was at first",
-        )
-        group.add_argument(
-            "--distill_dim",
-            type=whole(0, 65536),
-            default=1024,
-            metavar="D",
-            help="size of the large embedding; 0: none",
-        )
-        group.add_argument(
-            "--sigma",
-            type=real(0, above=True),
-            default=3.0,
-            help="width of the pairwise similarity",
-        )
-        group.add_argument(
+        add = group.add_argument
+        text = "of the teacher: 0 is the student itself, 1 what it was at first"
+        add("--teacher_momentum", type=real(0, most=1), default=0.999, help=text)
+        text = "size of the large embedding; 0: none"
+        add("--distill_dim", type=whole(0, 65536), default=1024, metavar="D", help=text)
+        text = "width of the pairwise similarity"
+        add("--sigma", type=real(0, above=True), default=3.0, help=text)
+        add(
             "--context", type=whole(1), default=10, help="nearest rows of a batch that are compared"
         )
 

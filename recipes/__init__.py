@@ -103,7 +103,7 @@ def settle_options(
     configured = {name for _, config in layers[1:] for name in config}
     if args.head_init == "random" and "refit_head" not in args.given | configured:
         args.refit_head = "off"
-    if "momentum" in args.given and args.optimizer != "sgd":
+    if args.momentum and args.optimizer != "sgd":
         parser.error("--momentum goes with --optimizer sgd")
     is_power = isinstance(args.refit_head, float)
     if (is_power or "whiten_power" in args.given) and args.head_init != "whiten":
@@ -125,8 +125,9 @@ def _keep_saved(parser: Parser, args: argparse.Namespace, saved: dict) -> None:
     if args.given & {"config", "overwrite"}:
         parser.error("--config and --overwrite do not go with --resume")
     for name in sorted(args.given - CHANGEABLE):
-        if getattr(args, name) != saved.get(name):
-            parser.error(f"--{name} was {saved.get(name)} in {args.resume} and cannot change")
+        was = saved.get(name, parser.get_default(name))
+        if getattr(args, name) != was:
+            parser.error(f"--{name} was {was} in {args.resume} and cannot change")
     run = run_to_resume(args.resume)
     args.checkpoint_dir = str(run.parent)
     args.model_name = run.name
@@ -142,11 +143,12 @@ def fit_to_data(args: argparse.Namespace, n_images: int, n_processes: int) -> li
     fitting["batch_size"] = min(args.batch_size, max(group, n_images // group * group))
     if n_images < args.min_images:
         fitting["n_epoch"] = 0
+    names = set() if args.resume else (fitting.keys() & vars(args).keys()) - args.given
     changes = []
-    for name in fitting.keys() & vars(args).keys() - args.given:
+    for name in names:
         value = getattr(args, name)
         fitted = fitting[name]
-        if value == fitted or args.resume:
+        if value == fitted:
             continue
         setattr(args, name, fitted)
         if name == "n_epoch":

@@ -62,7 +62,8 @@ def training(case: str, processes: Processes) -> dict[str, Tensor]:
     optimizer = torch.optim.SGD(method.parameter_groups(0.02), lr=0.02)
     method.begin_epoch(1, partial(features, method, split, processes))
     neighbors = method.neighbors_and_positives()
-    plan = EpochPlan(split, IMAGES, 5, 1, **neighbors, share=processes.share)
+    drawn = {"crop_area": args.crop_area, "share": processes.share}
+    plan = EpochPlan(split, IMAGES, 5, 1, **neighbors, **drawn)
     results = {}
     for number, (views, index) in enumerate(two_view_batches(split.images, plan, workers=0)):
         losses = step(model.normalization(views).double(), index)

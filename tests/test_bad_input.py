@@ -85,6 +85,8 @@ TRAIN = [
     ("--head_init=pca --refit_head=1", "go with --head_init whiten"),
     ("--head_init=pca --refit_head=auto", "goes with --head_init whiten or auto"),
     ("--head_init=pca --whiten_power=1", "go with --head_init whiten"),
+    ("--recipe=best --momentum=0.9", "--momentum goes with --optimizer sgd"),
+    ("--crop_area=0", "--crop_area: must be greater than 0, got 0"),
     ("--data_on=device", "there is no GPU to hold the images"),
     ("--model_name=done", "runs/done: holds a run already"),
     ("--checkpoint_dir=file", "is not a folder; choose another place for the run"),

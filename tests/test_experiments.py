@@ -47,7 +47,7 @@ def make(data, tmp_path, monkeypatch):
                 raise runs.RunFailedError(outcome.err)
 
         monkeypatch.setattr(runs, "call", call)
-        common = ["--backbone=resnet_small", "--name=t", f"--out={tmp_path / 'out'}"]
+        common = ["--backbone=resnet_small", "--name=t", f"--out_dir={tmp_path / 'out'}"]
         common.append(f"--checkpoint_dir={tmp_path / 'runs'}")
         epochs = ["--n_epoch=1", f"--data_dir={data}"]
         script.main(["--dataset", "tiny", *common, *words, "--", *TINY, *epochs, *train])
@@ -167,6 +167,18 @@ def test_runs_of_other_options_are_not_mixed_in(make):
     assert make(*words, train=["--schedule=cosine", "--test_batch=7"]).called == []
 
 
+def test_a_run_has_the_default_of_an_option_that_is_younger(make, tmp_path):
+    words = ("--rows", "cbs", "--seeds=5")
+    make(*words)
+    (plan,) = tmp_path.glob("runs/*/*/plan.json")
+    options = json.loads(plan.read_text())
+    del options["crop_area"]
+    plan.write_text(json.dumps(options))
+    with pytest.raises(UserError, match=r"holds a run with crop_area None, not 0\.5"):
+        make(*words, train=["--crop_area=0.5"])
+    assert make(*words).called == []
+
+
 @pytest.mark.parametrize(
     ("words", "train", "message"),
     [
@@ -268,7 +280,7 @@ def test_a_script_that_fails_is_told():
 
 @pytest.mark.slow
 def test_a_request_to_stop_reaches_the_training(data, tmp_path):
-    words = ["--dataset=tiny", "--backbone=resnet_small", "--rows=cbs", f"--out={tmp_path}"]
+    words = ["--dataset=tiny", "--backbone=resnet_small", "--rows=cbs", f"--out_dir={tmp_path}"]
     words += [f"--checkpoint_dir={tmp_path}", "--", *TINY, f"--data_dir={data}"]
     command = [sys.executable, "experiments/table.py", *words, "--n_epoch=100000"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

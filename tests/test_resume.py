@@ -272,6 +272,14 @@ def test_other_data_are_not_resumed(tmp_path, run, half, kind):
     assert (run / "last.pth").read_bytes() == before
 
 
+def test_a_run_has_the_default_of_an_option_that_is_younger(data, run):
+    config = json.loads((run / "config.json").read_text())
+    del config["momentum"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert execute("--resume", run, f"--data_dir={data}", "--momentum=0").code == 0
+    failed(execute("--resume", run, "--momentum=0.9"), f"--momentum was 0.0 in {run}")
+
+
 def test_a_run_of_an_earlier_version_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"metric_loss": "center", "backbone": "resnet_small"}')
     words = "an earlier version made it; it can be tested only"

@@ -122,14 +122,13 @@ class RunFolder:
         Raises UserError if the folder holds a run already, unless `overwrite` or `resume`.
         """
         self.check_free(overwrite or resume)
-        names = (LAST, BEST, METRICS, CONFIG, REPORT)
-        earlier = [self.path / name for name in names if (self.path / name).exists()]
+        earlier = (LAST, BEST, METRICS, CONFIG, REPORT)
         with disk_faults(self.path, "choose another place for the run"):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
             if not resume:
-                for path in [*earlier, *self.path.glob(EVENTS)]:
-                    path.unlink()
+                for path in [*map(self.path.joinpath, earlier), *self.path.glob(EVENTS)]:
+                    path.unlink(missing_ok=True)
             for path in self.path.glob(".*.part"):  # of a process that was killed
                 path.unlink()
         self._write_text(CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
