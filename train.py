@@ -142,7 +142,8 @@ class Job:
         halves = load_halves(
             args.data_dir, args.dataset, args.image_size, args.val_classes, args.n_images, args.seed
         )
-        check_crop_size(args.backbone, crop_size(halves.training.image_size))
+        args.image_size = halves.training.image_size  # when resumed, there may be other sizes, too
+        check_crop_size(args.backbone, crop_size(args.image_size))
         labels = None
         if METHODS[args.method].uses_labels:
             labels = torch.from_numpy(halves.training.class_numbers())
@@ -158,8 +159,9 @@ class Job:
         self.halves = halves.on(self.device, args.data_on)
         self.state = run.restore(saved, self.parts, self.device) if saved else State()
         if saved and self.state.epoch >= args.n_epoch:
-            self.config = saved["config"]  # no epoch is left: the options it was trained with
-        if saved:
+            self.config = saved["config"]  # the options it was trained with
+            remarks.append(f"{self.state.epoch} epochs are done; a larger --n_epoch trains on")
+        elif saved:
             remarks.append(f"goes on after epoch {self.state.epoch}, step {self.state.step}")
         self.events = None
         if processes.is_first:

@@ -159,9 +159,10 @@ def make_splits(
     if args.split_by == "images":
         halves = halves_by_chance(paths, labels, args)
     elif len(names) < 3:
+        way = "give --split_by images" if len(names) > 1 else "leave out --labels"
         raise UserError(
             f"--labels {args.labels}: {len(names)} classes; 3 are needed, 2 of them to test on; or "
-            "give --split_by images"
+            f"{way}"
         )
     else:
         n_training = max(1, min(len(names) - 2, round(args.train_share * len(names))))

@@ -280,6 +280,13 @@ def test_a_run_has_the_default_of_an_option_that_is_younger(data, run):
     failed(execute("--resume", run, "--momentum=0.9"), f"--momentum was 0.0 in {run}")
 
 
+def test_another_size_of_the_data_does_not_matter(data, run, tmp_path):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    for path in copy.glob("*/*_32resized_*"):
+        shutil.copy(path, path.with_name(path.name.replace("_32resized", "_24resized")))
+    assert execute("--resume", run, f"--data_dir={copy}").code == 0
+
+
 def test_a_run_of_an_earlier_version_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"metric_loss": "center", "backbone": "resnet_small"}')
     words = "an earlier version made it; it can be tested only"
