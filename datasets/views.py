@@ -82,8 +82,8 @@ class EpochPlan:
         self.sides = np.full(shape, crop_size(size))
         if crop_area is not None:
             self.sides = np.ceil(np.sqrt(rng.uniform(crop_area, 1, shape)) * size).astype(int)
-        n_corners = size - self.sides + 1
-        self.corners = rng.integers(0, n_corners, (2, *shape))  # (top or left, view, place)
+        n_places = size - self.sides + 1
+        self.corners = rng.integers(0, n_places, (2, *shape))  # (top or left, view, place)
         self.flips = rng.random(shape) < FLIP_PROBABILITY
         self.second = order  # (P,), the image of the second view
         if positives is not None:

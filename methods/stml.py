@@ -33,9 +33,8 @@ class STML(Method):
         add("--distill_dim", type=whole(0, 65536), default=1024, metavar="D", help=text)
         text = "width of the pairwise similarity"
         add("--sigma", type=real(0, above=True), default=3.0, help=text)
-        add(
-            "--context", type=whole(1), default=10, help="nearest rows of a batch that are compared"
-        )
+        text = "nearest rows of a batch that are compared"
+        add("--context", type=whole(1), default=10, help=text)
 
     def __init__(self, model: Any, options: argparse.Namespace, n_images: int, **kwargs) -> None:
         super().__init__(model, options, n_images, **kwargs)

@@ -161,8 +161,8 @@ def make_splits(
     elif len(names) < 3:
         way = "give --split_by images" if len(names) > 1 else "leave out --labels"
         raise UserError(
-            f"--labels {args.labels}: {len(names)} classes; 3 are needed, 2 of them to test on; or "
-            f"{way}"
+            f"--labels {args.labels}: {len(names)} classes; 3 are needed, 2 of them to test on; "
+            f"or {way}"
         )
     else:
         n_training = max(1, min(len(names) - 2, round(args.train_share * len(names))))
